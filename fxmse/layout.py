@@ -1,0 +1,132 @@
+"""Strategies: how a value is cut into the groups that share a scale."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from torch import Tensor
+
+from fxmse.numerics import Format
+
+__all__ = ["Layout"]
+
+_STRATEGIES = {
+    "weight": ("tensor", "channel", "group", "tensor_group", "block"),
+    "input": ("tensor", "group", "tensor_group"),
+    "output": ("tensor", "group", "tensor_group"),
+    "q": ("tensor", "attn_head"),
+    "k": ("tensor", "attn_head"),
+    "v": ("tensor", "attn_head"),
+}
+# Rows of a per-tensor value are made at least this long, so that a row's reduction fills the vector units.
+_MIN_ROW = 256
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a value of one role becomes tiles of shape [O, Q, G] and a scale of ``qparam_shape``.
+
+    O counts observations, Q qparams, G the elements of a group; statistics reduce over O and G. The tiles of a
+    value follow each other along Q, and together their Q is the number of elements of ``qparam_shape``.
+
+    Attributes:
+        base_name: "weight", "input", "output", "q", "k" or "v".
+        strategy: a ``QuantizationStrategy`` value that makes sense for the role.
+        group_size: for group and tensor_group.
+        block_structure: (rows, columns), for block.
+    """
+
+    base_name: str
+    strategy: str
+    group_size: int | None = None
+    block_structure: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, args: QuantizationArgs, base_name: str) -> "Layout":
+        """The layout of a statically quantized value.
+
+        Raises:
+            ValueError: a role that is unknown, or a strategy or format that makes no sense for it.
+        """
+        if base_name not in _STRATEGIES:
+            raise ValueError(f"base_name={base_name!r}: expected one of {', '.join(_STRATEGIES)}")
+        strategy = QuantizationStrategy(args.strategy).value
+        if strategy not in _STRATEGIES[base_name]:
+            raise ValueError(
+                f"strategy={strategy} makes no sense for a static {base_name}: "
+                f"expected one of {', '.join(_STRATEGIES[base_name])}"
+            )
+        Format.of(args)
+        block = (args.block_structure[0], args.block_structure[1]) if args.block_structure else None
+        return cls(base_name, strategy, args.group_size, block)
+
+    def qparam_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """The shape of scale and zero point of a value of ``shape``; raises ValueError where it does not fit."""
+        if self.strategy == "tensor":
+            return (1,)
+        if self.strategy == "attn_head":
+            return (shape[1], 1, 1)
+        if self.strategy == "channel":
+            return (*shape[:-1], 1)
+        if self.strategy == "block":
+            assert self.block_structure is not None
+            if len(shape) != 2:
+                raise ValueError(f"strategy=block needs a value of 2 dimensions, found shape {tuple(shape)}")
+            rows, columns = self.block_structure
+            return (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns))
+        assert self.group_size is not None
+        if shape[-1] % self.group_size:
+            raise ValueError(
+                f"group_size={self.group_size} does not divide the last dimension of shape {tuple(shape)}: "
+                "choose a divisor, or put the module on the ignore list"
+            )
+        groups = shape[-1] // self.group_size
+        return (*shape[:-1], groups) if self.base_name == "weight" else (groups,)
+
+    def tiles(self, value: Tensor, max_groups: int) -> Iterator[Tensor]:
+        """Cuts ``value`` into tiles [O, Q, G], at most about ``max_groups`` groups each.
+
+        Tiles are views wherever the strategy allows; blocks are copied, a tile at a time. Only weights are cut:
+        each of an activation's groups is spread over all of its observations.
+        """
+        if self.strategy == "tensor":
+            yield _as_rows(value)
+        elif self.strategy == "attn_head":
+            batch, heads, tokens, width = value.shape
+            yield value.transpose(1, 2).reshape(batch * tokens, heads, width)
+        elif self.strategy == "block":
+            yield from self._block_tiles(value, max_groups)
+        elif self.base_name == "weight":
+            size = value.shape[-1] if self.strategy == "channel" else self.group_size
+            groups = value.reshape(-1, size)
+            for part in groups.split(max(1, max_groups)):
+                yield part.unsqueeze(0)
+        else:
+            yield value.reshape(-1, value.shape[-1] // (self.group_size or 1), self.group_size or 1)
+
+    def as_one_group(self) -> "Layout":
+        """The layout that puts all of the value in one group (where a global scale is searched)."""
+        return Layout(self.base_name, "tensor")
+
+    def _block_tiles(self, value: Tensor, max_groups: int) -> Iterator[Tensor]:
+        assert self.block_structure is not None
+        height, width = self.block_structure
+        columns = math.ceil(value.shape[1] / width)
+        for rows in value.split(height * max(1, max_groups // columns)):
+            # Zeros fill the last blocks up: they lie inside every range and are quantized without error.
+            padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % width, 0, -rows.shape[0] % height))
+            blocks = padded.unflatten(1, (columns, width)).unflatten(0, (-1, height)).transpose(1, 2)
+            yield blocks.reshape(1, -1, height * width)
+
+
+def _as_rows(value: Tensor) -> Tensor:
+    """All elements as [O, 1, G], G long enough to vectorise; a view of any dense value, whatever its order."""
+    value = value.permute(sorted(range(value.dim()), key=lambda d: -value.stride(d)))
+    length = 1
+    dim = value.dim()
+    while dim and length < _MIN_ROW:
+        dim -= 1
+        length = length * value.shape[dim]
+    return value.reshape(-1, 1, length)

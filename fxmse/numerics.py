@@ -1,0 +1,171 @@
+"""The value grids that formats store, and the scale and zero point that put a range on one.
+
+Legend of shape suffixes, here and in :mod:`fxmse.search`: O observations, Q qparams (one per group),
+C candidates, G elements of a group.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from torch import Tensor
+
+__all__ = ["Format", "Grid", "calculate_global_scale", "calculate_scale_and_zero_point"]
+
+# (explicit mantissa bits, smallest normal exponent, largest value) by number of bits.
+_FLOAT_FORMATS = {8: (3, -6, 448.0), 4: (1, 0, 6.0)}  # fp8 e4m3fn, fp4 e2m1
+# The scales of a tensor_group format are e4m3; together scale and element span 448 * 6.
+_GLOBAL_RANGE = _FLOAT_FORMATS[8][2] * _FLOAT_FORMATS[4][2]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values a format can hold, in units of the scale.
+
+    Attributes:
+        num_bits: 2 to 8 for integers; 8 (e4m3) or 4 (e2m1) for floats.
+        type: "int" or "float".
+    """
+
+    num_bits: int
+    type: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a format that is not implemented."""
+        if self.type == "float" and self.num_bits not in _FLOAT_FORMATS:
+            raise ValueError(f"num_bits={self.num_bits}, type=float: expected one of {sorted(_FLOAT_FORMATS)} bits")
+        if self.type == "int" and not 2 <= self.num_bits <= 8:
+            raise ValueError(f"num_bits={self.num_bits}, type=int: expected 2 to 8 bits")
+
+    @property
+    def qmin(self) -> float:
+        """The smallest value."""
+        return -self.qmax if self.type == "float" else -(2.0 ** (self.num_bits - 1))
+
+    @property
+    def qmax(self) -> float:
+        """The largest value."""
+        return _FLOAT_FORMATS[self.num_bits][2] if self.type == "float" else 2.0 ** (self.num_bits - 1) - 1
+
+    def round(self, x: Tensor) -> Tensor:
+        """The nearest value of the grid, ties to even; ``x`` is already clamped to [qmin, qmax].
+
+        Exact in every float dtype. The sign of a zero result is not kept for float grids.
+        """
+        if self.type == "int":
+            return torch.round(x)
+        mantissa, min_exponent, _ = _FLOAT_FORMATS[self.num_bits]
+        return _round_to_mantissa(x, mantissa, min_exponent)
+
+
+def _round_to_mantissa(x: Tensor, mantissa: int, min_exponent: int) -> Tensor:
+    """Rounds to ``mantissa`` explicit bits, half to even, with subnormals below 2 ** min_exponent.
+
+    Adding and taking away 1.5 * 2 ** 23 steps of the target makes the adder do the rounding; unlike a
+    table of comparisons or a cast to float8, that is a handful of vector instructions.
+    """
+    if x.dtype == torch.float64:
+        bits, exponent_mask, stored = x.view(torch.int64), 0x7FF0_0000_0000_0000, 52
+    else:
+        bits, exponent_mask, stored = x.float().view(torch.int32), 0x7F80_0000, 23
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    power = (bits & exponent_mask).view(wide).clamp(min=2.0**min_exponent)
+    shift = power * (1.5 * 2.0 ** (stored - mantissa))
+    return ((x.to(wide) + shift) - shift).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A grid and how its scales are stored: what of ``QuantizationArgs`` numbers depend on, and hashable.
+
+    Attributes:
+        grid: the values.
+        symmetric: whether the zero point is 0.
+        scale_dtype: the dtype that scales are rounded to; None takes the value's.
+        is_mx: whether scales are the powers of two of the OCP microscaling formats.
+    """
+
+    grid: Grid
+    symmetric: bool
+    scale_dtype: torch.dtype | None
+    is_mx: bool
+
+    @classmethod
+    def of(cls, args: QuantizationArgs) -> "Format":
+        """The format that ``args`` name; raises ValueError where there is none."""
+        grid = Grid(args.num_bits, QuantizationType(args.type).value)
+        if args.type == "float" and args.num_bits == 4 and not args.symmetric:
+            raise ValueError("symmetric=False is not defined for 4-bit floats: use symmetric=True or type='int'")
+        # As compressed-tensors tells them (should_generate_mx_scales).
+        is_mx = args.type == "float" and args.group_size == 32 and args.scale_dtype == torch.uint8
+        if args.scale_dtype is not None and not args.scale_dtype.is_floating_point and not is_mx:
+            raise ValueError(
+                f"scale_dtype={args.scale_dtype} belongs to the MX formats (type=float, group_size=32): "
+                "use a float scale_dtype"
+            )
+        return cls(grid, args.symmetric, args.scale_dtype, is_mx)
+
+
+def calculate_global_scale(min: Tensor, max: Tensor) -> Tensor:
+    """448 * 6 / absmax, float32: maps the largest group scale to the largest e4m3 value.
+
+    A range that is zero (or so small that the quotient overflows) gives 1.
+    Source: compressed-tensors ``generate_gparam``, without its reshape to ``[1]``.
+    """
+    absmax = torch.maximum(-min.clamp(max=0), max.clamp(min=0)).float()
+    global_scale = _GLOBAL_RANGE / absmax.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(torch.isfinite(global_scale), global_scale, 1.0)
+
+
+def calculate_scale_and_zero_point(
+    min: Tensor, max: Tensor, format: Format, *, dtype: torch.dtype, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a range, rounded as they will be stored.
+
+    The traceable twin of compressed-tensors ``calculate_qparams``: the same float32 operations in the same
+    order (held to equality by the tests), without its cached tensors and its data-dependent dtype changes.
+
+    Args:
+        min: smallest values, float32, any shape, in units of x.
+        max: largest values, same shape.
+        format: the format.
+        dtype: dtype the scale is stored in when the format names none.
+        global_scale: multiplied into the scale before it is rounded; broadcasts to ``min``.
+
+    Returns:
+        scale and zero point, float32, shape of ``min``. The scale is never 0.
+    """
+    grid = format.grid
+    min, max = min.clamp(max=0), max.clamp(min=0)
+    if format.symmetric:
+        absmax = torch.maximum(-min, max)
+        if format.is_mx:
+            return _calculate_mx_scale(absmax, grid.num_bits), torch.zeros_like(absmax)
+        scale = absmax / ((grid.qmax - grid.qmin) / 2)
+        zero_point = torch.zeros_like(scale)
+    else:
+        scale = (max - min) / (grid.qmax - grid.qmin)
+        # A dead group divides 0 by 0; compressed-tensors' integer cast turns that NaN into 0, too.
+        zero_point = torch.nan_to_num((grid.qmin - min / scale).clamp(grid.qmin, grid.qmax), nan=0.0)
+        zero_point = grid.round(zero_point)
+    if global_scale is not None:
+        scale = global_scale * scale
+    return round_scale(scale, format.scale_dtype or dtype), zero_point
+
+
+def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``scale`` rounded to what ``dtype`` can hold, in its own dtype; a zero becomes compressed-tensors' stand-in."""
+    if dtype == torch.float8_e4m3fn:
+        rounded, stand_in = Grid(8, "float").round(scale.clamp(max=448.0)), 0.125
+    else:
+        rounded = scale.clamp(max=torch.finfo(dtype).max).to(dtype).to(scale.dtype)
+        stand_in = torch.finfo(dtype).eps
+    return torch.where(rounded == 0, stand_in, rounded)
+
+
+def _calculate_mx_scale(absmax: Tensor, num_bits: int) -> Tensor:
+    """The power of two that an E8M0 scale stores: mantissas from 1.75 round up, less the element's exponent."""
+    # 1 << 21 is a quarter of the mantissa's range: 1.75 and more carries into the exponent.
+    power = ((absmax.view(torch.int32) + (1 << 21)) & 0x7F80_0000).view(torch.float32)
+    element_exponent = {4: 2, 8: 8}[num_bits]  # floor(log2(6)), floor(log2(448))
+    return (power * 2.0**-element_exponent).clamp(min=2.0**-127, max=2.0**127)

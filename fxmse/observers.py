@@ -1,0 +1,349 @@
+"""Observers by name: what is kept of the values seen, and the scale and zero point that come of it.
+
+An observer is four steps: ``measure`` (a value's range, a pure function), ``update`` (the state before and that
+range to the state after, pure), the state itself (buffers, float32 whatever the values' dtype), ``get_qparams``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.registry import RegistryMixin
+from torch import Tensor, nn
+
+from fxmse.layout import Layout
+from fxmse.numerics import calculate_global_scale, round_scale
+from fxmse.search import Range, SearchOptions, measure_range, search, search_global_range
+
+__all__ = [
+    "MSEObserver",
+    "MemorylessMSEObserver",
+    "MemorylessMinMaxObserver",
+    "MinMaxObserver",
+    "MovingAverageMSEObserver",
+    "Observer",
+    "State",
+    "StaticMinMaxObserver",
+]
+
+
+class State(NamedTuple):
+    """What an observer keeps: float32 tensors, or None before the first value.
+
+    Attributes:
+        min_vals: shape qparam_shape, in units of x.
+        max_vals: likewise.
+        global_min: shape (1,), for tensor_group: the range that the global scale follows from.
+        global_max: likewise.
+    """
+
+    min_vals: Tensor | None = None
+    max_vals: Tensor | None = None
+    global_min: Tensor | None = None
+    global_max: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are there."""
+        return [tensor for tensor in self if tensor is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """An observer without arguments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageOptions:
+    """Arguments of a moving average.
+
+    Attributes:
+        averaging_constant: weight of the new batch; in (0, 1].
+    """
+
+    averaging_constant: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the constant is out of range."""
+        value = self.averaging_constant
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ValueError(f"averaging_constant={value!r}: expected a number in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MSEOptions(SearchOptions):
+    """Arguments of an MSE search.
+
+    Attributes:
+        global_scale: used in every candidate; a number or a tensor of one element, above 0. Where none is given,
+            tensor_group searches one.
+        optimize_global_scale: search the global scale even though one is given.
+    """
+
+    global_scale: float | Tensor | None = None
+    optimize_global_scale: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the argument that is out of range."""
+        super().__post_init__()
+        if not isinstance(self.optimize_global_scale, bool):
+            raise ValueError(f"optimize_global_scale={self.optimize_global_scale!r}: expected True or False")
+        if self.global_scale is None:
+            return
+        global_scale = torch.as_tensor(self.global_scale, dtype=torch.float32)
+        if global_scale.numel() != 1 or not (0 < global_scale.item() < float("inf")):
+            raise ValueError(f"global_scale={self.global_scale!r}: expected one finite number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingAverageMSEOptions(MSEOptions, AverageOptions):
+    """Arguments of an MSE search whose results are averaged."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the argument that is out of range."""
+        MSEOptions.__post_init__(self)
+        AverageOptions.__post_init__(self)
+
+
+class Observer(nn.Module, RegistryMixin):
+    """Finds the quantization parameters of one value from the samples of it that it is shown.
+
+    Args:
+        base_name: the value's role: "weight", "input", "output", "q", "k" or "v".
+        args: the format; ``args.observer_kwargs`` are arguments of the observer, too. Never changed.
+        observer_kwargs: arguments of the observer; they come before those in ``args``.
+
+    Raises:
+        ValueError: an argument that is misspelt or out of range, or a strategy that makes no sense for the role.
+    """
+
+    options_class: ClassVar[type] = NoOptions
+
+    def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
+        super().__init__()
+        self.base_name = base_name
+        self.args = args.model_copy(deep=True)
+        self.layout = Layout.of(args, base_name)
+        self.options = self._parse_options({**(args.observer_kwargs or {}), **observer_kwargs})
+        self.value_dtype = torch.float32
+        for name in State._fields:
+            self.register_buffer(name, None)
+
+    @classmethod
+    def load_from_registry(cls, name: str, **kwargs: Any) -> "Observer":
+        """Makes the observer called ``name``, as llm-compressor's method of that name does.
+
+        Raises:
+            ValueError: no observer has that name.
+        """
+        try:
+            observer_class = cls.get_value_from_registry(name)
+        except KeyError:
+            known = ", ".join(sorted(cls.registered_names()))
+            raise ValueError(f"observer={name!r}: expected one of {known}") from None
+        return observer_class(**kwargs)
+
+    @classmethod
+    def _parse_options(cls, kwargs: Mapping[str, Any]) -> Any:
+        allowed = [field.name for field in fields(cls.options_class)]
+        for name in kwargs:
+            if name not in allowed:
+                raise ValueError(
+                    f"{cls.__name__} has no argument {name!r}: "
+                    + (f"expected one of {', '.join(allowed)}" if allowed else "it takes none")
+                )
+        return cls.options_class(**kwargs)
+
+    @property
+    def state(self) -> State:
+        """What has been kept so far; assign it to go back to an earlier state."""
+        return State(*(getattr(self, name) for name in State._fields))
+
+    @state.setter
+    def state(self, state: State) -> None:
+        for name, tensor in zip(State._fields, state, strict=True):
+            setattr(self, name, tensor)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether any value has been seen."""
+        return self.min_vals is not None
+
+    def forward(self, value: Tensor) -> "Observer":
+        """Takes one more value into account and returns the observer itself.
+
+        Args:
+            value: float; a weight (out, in), an activation (..., channels) or an attention state
+                (batch, heads, tokens, head_dim). An empty value changes nothing.
+
+        Raises:
+            ValueError: NaN or Inf in the value, or a shape that the strategy does not fit. The state is unchanged.
+        """
+        before = self.state
+        self.observe(value)
+        if not all(tensor.isfinite().all() for tensor in self.state.tensors):
+            self.state = before
+            raise ValueError(f"{self.base_name} {describe_non_finite(value)}: nothing of it was kept")
+        return self
+
+    def observe(self, value: Tensor) -> None:
+        """:meth:`forward` without the check for NaN and Inf, so that nothing waits for the device.
+
+        A value that is not finite makes a state that is not finite; whoever calls this looks at it.
+        """
+        if value.numel() == 0:
+            return
+        if not value.is_floating_point():
+            raise ValueError(f"{self.base_name} has dtype {value.dtype}: expected a float dtype")
+        self.value_dtype = value.dtype
+        self.state = self.update(self.state, value)
+
+    def update(self, state: State, value: Tensor) -> State:
+        """The state after ``value`` was seen."""
+        if self.layout.strategy == "tensor_group":
+            state = self.update_global(state, value)
+        measured = self.measure(value, self._global_scale_of(state))
+        old = None if state.min_vals is None else Range(state.min_vals, state.max_vals)
+        merged = self.merge(old, measured)
+        return state._replace(min_vals=merged.min, max_vals=merged.max)
+
+    def update_global(self, state: State, value: Tensor) -> State:
+        """The state with the range that tensor_group's global scale follows from brought up to date."""
+        old = None if state.global_min is None else Range(state.global_min, state.global_max)
+        merged = self.merge(old, self.measure_global(value))
+        return state._replace(global_min=merged.min, global_max=merged.max)
+
+    def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
+        """The range of each of the value's groups; here from its smallest to its largest element."""
+        return measure_range(value, self.layout)
+
+    def measure_global(self, value: Tensor) -> Range:
+        """The range of all of the value."""
+        return measure_range(value, self.layout.as_one_group())
+
+    def merge(self, old: Range | None, new: Range) -> Range:
+        """The range kept after ``new`` was measured; here the newest."""
+        return new
+
+    def _global_scale_of(self, state: State) -> Tensor | None:
+        if state.global_min is None:
+            return None
+        return calculate_global_scale(state.global_min, state.global_max)
+
+    @torch.no_grad()
+    def get_qparams(self) -> dict[str, Tensor | None]:
+        """The quantization parameters, by compressed-tensors' ``calculate_qparams``.
+
+        Returns:
+            scale: shape qparam_shape, in the dtype of the values seen (float32 next to a global scale).
+            zero_point: the same shape, ``args.zp_dtype``; 0 where the format is symmetric.
+            global_scale: float32, shape (1,), or None.
+
+        Raises:
+            ValueError: no value has been seen, or one that was not finite.
+        """
+        state = self.state
+        if not state.tensors:
+            raise ValueError(f"the {self.base_name} observer has seen no value: call observer(value) first")
+        if not all(tensor.isfinite().all() for tensor in state.tensors):
+            raise ValueError(f"the {self.base_name} observer has seen NaN or Inf: calibrate again without that batch")
+        global_scale = self._global_scale_of(state)
+        scale, zero_point = calculate_qparams(state.min_vals, state.max_vals, self.args, global_scale)
+        if global_scale is None:
+            scale = round_scale(scale, self.value_dtype).to(self.value_dtype)
+        return {"scale": scale, "zero_point": zero_point, "global_scale": global_scale}
+
+    def extra_repr(self) -> str:
+        """What distinguishes this observer in a printed model."""
+        return f"{self.base_name}, {self.layout.strategy}, {self.options}"
+
+
+def describe_non_finite(value: Tensor) -> str:
+    """How many elements of ``value`` are NaN or Inf, in words."""
+    nans, infs = value.isnan().sum().item(), value.isinf().sum().item()
+    return f"has {nans} NaN and {infs} Inf among {value.numel()} elements of shape {tuple(value.shape)}"
+
+
+@Observer.register("memoryless_minmax")
+class MemorylessMinMaxObserver(Observer):
+    """Keeps the smallest and largest element of the last value."""
+
+
+@Observer.register("static_minmax")
+class StaticMinMaxObserver(Observer):
+    """Keeps the smallest and largest element of all values."""
+
+    def merge(self, old: Range | None, new: Range) -> Range:
+        """The range that covers both."""
+        if old is None:
+            return new
+        return Range(torch.minimum(old.min, new.min), torch.maximum(old.max, new.max))
+
+
+def _average(old: Range | None, new: Range, constant: float) -> Range:
+    """Old * (1 - constant) + new * constant, the first range as it is."""
+    if old is None or constant == 1:
+        return new
+    return Range(*(a * (1 - constant) + b * constant for a, b in zip(old, new, strict=True)))
+
+
+@Observer.register("minmax")
+class MinMaxObserver(Observer):
+    """Keeps a moving average of each value's smallest and largest element (:class:`AverageOptions`)."""
+
+    options_class = AverageOptions
+
+    def merge(self, old: Range | None, new: Range) -> Range:
+        """The moving average."""
+        return _average(old, new, self.options.averaging_constant)
+
+
+class MSEObserver(Observer):
+    """Searches the range whose quantization error is least (:class:`MSEOptions`).
+
+    For tensor_group the global scale comes first, from the range of the whole value that has the least error when
+    each candidate brings its own global scale; then each group's range with that global scale in every candidate.
+    """
+
+    options_class = MSEOptions
+
+    def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
+        super().__init__(base_name, args, **observer_kwargs)
+        given = self.options.global_scale
+        is_given = given is not None and not self.options.optimize_global_scale
+        global_scale = torch.as_tensor(given, dtype=torch.float32).reshape(1) if is_given else None
+        self.register_buffer("global_scale", global_scale, persistent=False)
+
+    def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
+        """The best range of each of the value's groups."""
+        return search(value, self.args, self.layout, self.options, global_scale=global_scale)
+
+    def measure_global(self, value: Tensor) -> Range:
+        """The range of all of the value whose global scale gives the least error."""
+        return search_global_range(value, self.args, self.layout, self.options)
+
+    def update_global(self, state: State, value: Tensor) -> State:
+        """As :meth:`Observer.update_global`, but a global scale that was given needs none."""
+        return state if self.global_scale is not None else super().update_global(state, value)
+
+    def _global_scale_of(self, state: State) -> Tensor | None:
+        return self.global_scale if self.global_scale is not None else super()._global_scale_of(state)
+
+
+@Observer.register("memoryless_mse")
+class MemorylessMSEObserver(MSEObserver):
+    """Keeps the search's result for the last value."""
+
+
+@Observer.register("mse")
+class MovingAverageMSEObserver(MSEObserver):
+    """Keeps a moving average of each value's best range (:class:`MovingAverageMSEOptions`)."""
+
+    options_class = MovingAverageMSEOptions
+
+    def merge(self, old: Range | None, new: Range) -> Range:
+        """The moving average."""
+        return _average(old, new, self.options.averaging_constant)

@@ -1,0 +1,334 @@
+"""The MSE search: pure tensors in and out, and the only place that compiles it.
+
+All candidates of a group are evaluated in one pass over the data. For a group of range (min, max) candidate c is
+the range (min, max) * (1 - c / grid); what is summed up for it is
+
+    error[c] = (scale[c] / scale[0]) ** norm * sum(|round_to_grid(x / scale[c]) - x / scale[c]| ** norm)
+
+that is sum(|fake_quantize(x) - x| ** norm) in units of the group's first scale, which keeps tiny and huge values
+from leaving float32's range and makes the result independent of any power of two in x.
+
+Shape suffixes as in :mod:`fxmse.numerics`: O observations, Q qparams, C candidates, G elements of a group.
+"""
+
+import functools
+import itertools
+import math
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
+
+from fxmse.layout import Layout
+from fxmse.numerics import Format, calculate_global_scale, calculate_scale_and_zero_point
+from fxmse.power import Power
+
+__all__ = ["Range", "SearchOptions", "measure_range", "search", "search_global_range"]
+
+# Error tables are float32 [Q, C]: 4 MiB each, so that extra memory stays small whatever the value's size.
+_MAX_TABLE = 1 << 20
+# Below this many elements the uncompiled search takes a few ms, and a compiled one would not earn its compilation.
+_MIN_COMPILED = 1 << 12
+# Uncompiled, so many errors are held at a time.
+_MAX_EAGER = 1 << 20
+_WORD = 52  # steps per word of a bit set: what a float64 holds exactly
+
+
+class Range(NamedTuple):
+    """The range of each group, float32, in units of x; shape qparam_shape."""
+
+    min: Tensor
+    max: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """Which candidates are tried and what they are judged by.
+
+    Attributes:
+        maxshrink: the range shrinks by at most this part; in (0, 1].
+        patience: the search ends after so many steps in a row in which no group improved; at least 1.
+        grid: candidates are p = 1 - i / grid for i in 0 .. maxshrink * grid - 1; above 0.
+        norm: exponent of the error; above 0. 2 is the mean squared error.
+
+    Deviation from the reference: maxshrink * grid is taken of the decimal numbers as written (.29 * 100 is 29
+    steps, where float arithmetic truncates to 28), and no steps at all is an error.
+    """
+
+    maxshrink: float = 0.20
+    patience: int = 5
+    grid: float = 100.0
+    norm: float = 2.4
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the argument that is out of range."""
+        _check("maxshrink", self.maxshrink, "a number in (0, 1]", lambda v: 0 < v <= 1)
+        _check("grid", self.grid, "a number above 0", lambda v: 0 < v < math.inf)
+        _check("norm", self.norm, "a number above 0", lambda v: 0 < v < math.inf)
+        _check("patience", self.patience, "a whole number of at least 1", lambda v: v >= 1 and v == int(v))
+        if self.num_steps < 1:
+            raise ValueError(
+                f"maxshrink={self.maxshrink} and grid={self.grid} make no search step: "
+                "expected maxshrink * grid of at least 1"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """How many candidates there are."""
+        return math.floor(Fraction(str(self.maxshrink)) * Fraction(str(self.grid)))
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """The factor p of each candidate."""
+        return tuple(1 - i / self.grid for i in range(self.num_steps))
+
+
+def _check(name: str, value: object, expected: str, is_allowed: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_allowed(value):
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """All that a compiled search depends on but tensors: there is one graph for each of these."""
+
+    format: Format
+    power: Power
+    is_one_group: bool
+    optimize_global_scale: bool
+
+
+class _Scores(NamedTuple):
+    low_Q: Tensor  # float32
+    high_Q: Tensor  # float32
+    improved_QW: Tensor  # int64 bit sets: the steps at which a group's error fell
+    any_improved_C: Tensor  # bool: the steps at which any group's did
+
+
+def search(
+    value: Tensor,
+    args: QuantizationArgs,
+    layout: Layout,
+    options: SearchOptions,
+    *,
+    global_scale: Tensor | None = None,
+    optimize_global_scale: bool = False,
+) -> Range:
+    """Finds the range of each group whose quantization error is least.
+
+    Minimises sum(|fake_quantize(x) - x| ** norm) per group over the candidates of ``options``; of equal errors the
+    wider range wins. NaN and Inf are not looked for: a group that has one gets a range that is not finite.
+
+    Args:
+        value: float, any shape and strides that ``layout`` takes, not empty.
+        args: the format.
+        layout: the groups.
+        options: the candidates.
+        global_scale: float32, one element; used in every candidate.
+        optimize_global_scale: recompute the global scale from each candidate's range, and ignore ``global_scale``.
+            Needs a layout of one group.
+
+    Returns:
+        The best range, never wider than the value's own.
+
+    Source: llm-compressor 0.9 ``_grid_search_mse``; deviations are listed at :class:`SearchOptions`, and errors are
+    summed up in float32 and float64 whatever the value's dtype, each candidate's scale rounded as it will be stored.
+    """
+    shape = layout.qparam_shape(value.shape)
+    assert not optimize_global_scale or math.prod(shape) == 1
+    if optimize_global_scale:
+        global_scale = None
+    problem = _Problem(Format.of(args), Power.of(options.norm), layout.strategy == "tensor", optimize_global_scale)
+    with torch.no_grad():
+        factors_C = _factors_on(options.factors, value.device)
+        parts = [
+            _score_tile(problem, tile_OQG, factors_C, global_scale)
+            for tile_OQG in layout.tiles(value.detach(), _MAX_TABLE // options.num_steps)
+        ]
+        any_improved_C = torch.stack([part.any_improved_C for part in parts]).any(0)
+        best_Q = torch.cat([_find_best_step(part.improved_QW, any_improved_C, options.patience) for part in parts])
+        best_factor_Q = factors_C[best_Q]
+        low_Q = torch.cat([part.low_Q for part in parts])
+        high_Q = torch.cat([part.high_Q for part in parts])
+        return Range((low_Q * best_factor_Q).reshape(shape), (high_Q * best_factor_Q).reshape(shape))
+
+
+def search_global_range(value: Tensor, args: QuantizationArgs, layout: Layout, options: SearchOptions) -> Range:
+    """Finds the range of all of ``value`` whose global scale gives the least error (tensor_group's first step)."""
+    return search(value, args, layout.as_one_group(), options, optimize_global_scale=True)
+
+
+def measure_range(value: Tensor, layout: Layout) -> Range:
+    """The smallest and largest value of each group."""
+    shape = layout.qparam_shape(value.shape)
+    with torch.no_grad():
+        tiles = list(layout.tiles(value.detach(), _MAX_TABLE))
+        low_Q = torch.cat([tile.amin((0, 2)) for tile in tiles]).float()
+        high_Q = torch.cat([tile.amax((0, 2)) for tile in tiles]).float()
+    return Range(low_Q.reshape(shape), high_Q.reshape(shape))
+
+
+def _score(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> _Scores:
+    """Evaluates every candidate of every group."""
+    low_Q, high_Q = values_OQG.amin((0, 2)).float(), values_OQG.amax((0, 2)).float()
+    min_QC, max_QC = low_Q[:, None] * factors_C, high_Q[:, None] * factors_C
+    if problem.optimize_global_scale:
+        global_scale = calculate_global_scale(min_QC, max_QC)
+    scale_QC, zero_point_QC = calculate_scale_and_zero_point(
+        min_QC, max_QC, problem.format, dtype=values_OQG.dtype, global_scale=global_scale
+    )
+    if global_scale is not None:
+        scale_QC = scale_QC / global_scale
+    errors_QC = _sum_errors(problem, values_OQG, scale_QC, zero_point_QC)
+    errors_QC = errors_QC * torch.pow(scale_QC / scale_QC[:, :1], problem.power.exponent)
+    improved_QC = _find_improvements(errors_QC)
+    return _Scores(low_Q, high_Q, _pack_bits(improved_QC), improved_QC.any(0))
+
+
+def _sum_errors(problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero_point_QC: Tensor) -> Tensor:
+    """sum(|round_to_grid(x / scale) - x / scale| ** norm) over O and G, shape [Q, C]."""
+    # Compiled, the candidates are a loop around a row that stays in cache. Uncompiled they would be copies of the
+    # data: take as many at a time as fit.
+    num_steps = scale_QC.shape[1]
+    at_a_time = num_steps
+    if not torch.compiler.is_compiling():
+        at_a_time = max(1, min(num_steps, _MAX_EAGER // values_OQG.numel()))
+    parts = [
+        _sum_errors_of(problem, values_OQG, scale, zero_point)
+        for scale, zero_point in zip(scale_QC.split(at_a_time, 1), zero_point_QC.split(at_a_time, 1), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _sum_errors_of(problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero_point_QC: Tensor) -> Tensor:
+    grid = problem.format.grid
+    # fake_quantize's error is continuous in x / scale, so that a reciprocal off by an ulp changes it by an ulp.
+    reciprocal_QC1 = _keep(scale_QC.reciprocal())[:, :, None]
+    values_OQCG = values_OQG.float()[:, :, None] * reciprocal_QC1
+    if grid.type == "int":
+        # A whole zero point moves the grid by whole steps: moving the bounds instead keeps x / scale exact.
+        qmin_QC1, qmax_QC1 = _keep(grid.qmin - zero_point_QC)[:, :, None], _keep(grid.qmax - zero_point_QC)[:, :, None]
+        rounded_OQCG = grid.round(values_OQCG).clamp(qmin_QC1, qmax_QC1)
+    elif problem.format.symmetric:
+        rounded_OQCG = grid.round(values_OQCG.clamp(grid.qmin, grid.qmax))
+    else:
+        zero_point_QC1 = _keep(zero_point_QC)[:, :, None]
+        rounded_OQCG = grid.round((values_OQCG + zero_point_QC1).clamp(grid.qmin, grid.qmax)) - zero_point_QC1
+    errors_OQC = problem.power((rounded_OQCG - values_OQCG).abs()).sum(-1)
+    # One group: a row's errors are summed while it is in cache, the rows' in float64. Otherwise a table of
+    # [O, Q, C] could be larger than the data.
+    return errors_OQC.sum(0, dtype=torch.float64 if problem.is_one_group else torch.float32)
+
+
+def _keep(table_QC: Tensor) -> Tensor:
+    """``table_QC`` itself, and in a compiled graph a buffer.
+
+    Inductor would otherwise compute each entry anew for every vector of the innermost loop. It writes whatever
+    as_strided looks at.
+    """
+    return table_QC.as_strided(table_QC.shape, table_QC.stride())
+
+
+def _find_improvements(errors_QC: Tensor) -> Tensor:
+    """The steps whose error is strictly below all errors before; the first one where it is finite."""
+    best_QC = torch.cummin(errors_QC, dim=1).values
+    first = errors_QC[:, :1] < torch.finfo(torch.float32).max
+    return torch.cat([first, errors_QC[:, 1:] < best_QC[:, :-1]], dim=1)
+
+
+def _pack_bits(flags_QC: Tensor) -> Tensor:
+    """Bit sets [Q, W] of ``_WORD`` flags a word."""
+    words = []
+    for part in flags_QC.split(_WORD, 1):
+        place = torch.arange(part.shape[1], device=part.device)
+        words.append((part.long() << place).sum(1))
+    return torch.stack(words, 1)
+
+
+def _find_best_step(improved_QW: Tensor, any_improved_C: Tensor, patience: int) -> Tensor:
+    """Each group's last improvement before the search would have ended, [Q].
+
+    The contract's loop ends once no group improved in ``patience`` steps in a row, so that no step behind such a
+    run counts.
+    """
+    num_steps = any_improved_C.shape[0]
+    if patience < num_steps:
+        is_stale = (~any_improved_C).unfold(0, patience, 1).all(1)
+        has_ended = torch.cat([is_stale.new_zeros(patience), is_stale.cumsum(0)[:-1] > 0])
+        improved_QW = improved_QW & _pack_bits(~has_ended[None])
+    # frexp of a whole number is exact: its exponent is the place of the highest bit, from 1; 0 where none is set.
+    highest_QW = torch.frexp(improved_QW.double()).exponent - 1
+    offset_W = torch.arange(0, num_steps, _WORD, device=highest_QW.device)
+    return torch.where(highest_QW >= 0, highest_QW + offset_W, 0).amax(1)
+
+
+def _score_tile(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> _Scores:
+    if values_OQG.numel() < _MIN_COMPILED or torch.compiler.is_compiling() or not _Compiler.is_usable:
+        return _score(problem, values_OQG, factors_C, global_scale)
+    # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
+    # would find it out. Weights are one observation, and per-tensor values one group: there O and Q stay 1.
+    for dim in range(3):
+        if values_OQG.shape[dim] != 1:
+            torch._dynamo.maybe_mark_dynamic(values_OQG, dim)
+    try:
+        return _compile_score(problem)(values_OQG, factors_C, global_scale)
+    except Exception as error:
+        if not _is_missing_compiler(error):
+            raise
+        _Compiler.is_usable = False
+        warnings.warn(
+            f"the MSE search runs uncompiled, several times slower: {_first_line(error)}. "
+            "Install a C++ compiler (g++ or clang), or set CXX.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return _score(problem, values_OQG, factors_C, global_scale)
+
+
+_serial = itertools.count()
+
+
+class _Compiler:
+    """Whether the machine has one; found out by the first use."""
+
+    is_usable = True
+
+
+@functools.cache
+def _compile_score(problem: _Problem) -> Callable[[Tensor, Tensor, Tensor | None], _Scores]:
+    """One graph per problem: a code object of its own keeps Dynamo's limit of recompilations away from it."""
+
+    def score(values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> _Scores:
+        return _score(problem, values_OQG, factors_C, global_scale)
+
+    grid = problem.format.grid
+    code = score.__code__.replace(co_name=f"search_{grid.type}{grid.num_bits}_{next(_serial)}")
+    score = types.FunctionType(code, score.__globals__, code.co_name, None, score.__closure__)
+    # Contraction (x * y + z rounded once) makes the errors more exact, and the power a third faster.
+    return torch.compile(score, fullgraph=True, options={"cpp.enable_floating_point_contract_flag": "fast"})
+
+
+def _is_missing_compiler(error: BaseException | None) -> bool:
+    from torch._inductor import exc
+
+    missing = (exc.InvalidCxxCompiler, exc.CppCompileError)
+    while error is not None:
+        if isinstance(error, missing) or "TritonMissing" in type(error).__name__:
+            return True
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+@functools.cache
+def _factors_on(factors: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(factors, dtype=torch.float32, device=device)

@@ -1,0 +1,82 @@
+"""Makes the weights of traced modules visible."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from fxmse.passes.base import GraphPass
+
+__all__ = ["FunctionalizeModules"]
+
+_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+@dataclass(frozen=True)
+class FunctionalizeModules(GraphPass):
+    """Replaces calls of modules by functional calls whose weights are get_attr nodes.
+
+    ``torch.fx.symbolic_trace`` leaves leaf modules as call_module nodes, which hide the weight. Rules:
+
+    1. Linear, Conv1d, Conv2d, Conv3d (zero padding) and Embedding (without max_norm, which would change the weight)
+       become F.linear, F.conv*d and F.embedding of the same arguments.
+    2. Subclasses keep their call: their forward may do something else.
+    3. Parameters stay where they are in the state dict, but in an empty module of the graph's own, so that what
+       later passes add there does not end up in the user's model.
+    4. A node remembers the module's path and class in ``nn_module_stack``.
+    """
+
+    def rewrite(self, graph_module: GraphModule) -> bool:
+        """Applies the rules."""
+        calls = [
+            (node, module)
+            for node in graph_module.graph.find_nodes(op="call_module")
+            if _is_replaceable(module := graph_module.get_submodule(str(node.target)))
+        ]
+        for node, module in calls:
+            _replace(graph_module.graph, node, module)
+        for path, module in {str(node.target): module for node, module in calls}.items():
+            if not any(n.target == path for n in graph_module.graph.find_nodes(op="call_module")):
+                graph_module.set_submodule(path, _copy_parameters(module))
+        return bool(calls)
+
+
+def _is_replaceable(module: nn.Module) -> bool:
+    # Hooks (and parametrizations) run around a module's call and would be lost.
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if type(module) is nn.Embedding:
+        return module.max_norm is None
+    if type(module) in _CONVOLUTIONS:
+        return module.padding_mode == "zeros"
+    return type(module) is nn.Linear
+
+
+def _replace(graph: Graph, node: Node, module: nn.Module) -> None:
+    path = str(node.target)
+    value = node.args[0] if node.args else node.kwargs["input"]
+    with graph.inserting_before(node):
+        weight = graph.get_attr(f"{path}.weight")
+        bias = graph.get_attr(f"{path}.bias") if getattr(module, "bias", None) is not None else None
+        if isinstance(module, nn.Linear):
+            new = graph.call_function(F.linear, (value, weight, bias))
+        elif isinstance(module, nn.Embedding):
+            options = {"padding_idx": module.padding_idx, "scale_grad_by_freq": module.scale_grad_by_freq}
+            new = graph.call_function(F.embedding, (value, weight), {**options, "sparse": module.sparse})
+        else:
+            geometry = (module.stride, module.padding, module.dilation, module.groups)
+            new = graph.call_function(_CONVOLUTIONS[type(module)], (value, weight, bias, *geometry))
+    new.meta = dict(node.meta)
+    stack = new.meta.get("nn_module_stack") or {}
+    new.meta["nn_module_stack"] = {**stack, path: (path, type(module))}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _copy_parameters(module: nn.Module) -> nn.Module:
+    container = torch.nn.Module()
+    for name, parameter in module.named_parameters(recurse=False):
+        container.register_parameter(name, parameter)
+    return container.train(module.training)
