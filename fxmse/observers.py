@@ -15,7 +15,7 @@ from compressed_tensors.registry import RegistryMixin
 from torch import Tensor, nn
 
 from fxmse.layout import Layout
-from fxmse.numerics import calculate_global_scale, round_scale
+from fxmse.numerics import Format, calculate_global_scale, round_scale
 from fxmse.search import Range, SearchOptions, measure_range, search, search_global_range
 
 __all__ = [
@@ -127,6 +127,7 @@ class Observer(nn.Module, RegistryMixin):
         self.base_name = base_name
         self.args = args.model_copy(deep=True)
         self.layout = Layout.of(args, base_name)
+        self.format = Format.of(args)
         self.options = self._parse_options({**(args.observer_kwargs or {}), **observer_kwargs})
         self.value_dtype = torch.float32
         for name in State._fields:
@@ -148,7 +149,7 @@ class Observer(nn.Module, RegistryMixin):
 
     @classmethod
     def _parse_options(cls, kwargs: Mapping[str, Any]) -> Any:
-        allowed = [field.name for field in fields(cls.options_class)]
+        allowed = [field.name for field in fields(cls.options_class) if field.init]
         for name in kwargs:
             if name not in allowed:
                 raise ValueError(
@@ -319,11 +320,11 @@ class MSEObserver(Observer):
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The best range of each of the value's groups."""
-        return search(value, self.args, self.layout, self.options, global_scale=global_scale)
+        return search(value, self.format, self.layout, self.options, global_scale=global_scale)
 
     def measure_global(self, value: Tensor) -> Range:
         """The range of all of the value whose global scale gives the least error."""
-        return search_global_range(value, self.args, self.layout, self.options)
+        return search_global_range(value, self.format, self.layout, self.options)
 
     def update_global(self, state: State, value: Tensor) -> State:
         """As :meth:`Observer.update_global`, but a global scale that was given needs none."""

@@ -17,17 +17,16 @@ import math
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from fxmse.layout import Layout
 from fxmse.numerics import Format, calculate_global_scale, calculate_scale_and_zero_point
-from fxmse.power import Power
+from fxmse.power import AbsolutePower
 
 __all__ = ["Range", "SearchOptions", "measure_range", "search", "search_global_range"]
 
@@ -56,6 +55,7 @@ class SearchOptions:
         patience: the search ends after so many steps in a row in which no group improved; at least 1.
         grid: candidates are p = 1 - i / grid for i in 0 .. maxshrink * grid - 1; above 0.
         norm: exponent of the error; above 0. 2 is the mean squared error.
+        factors: the factor p of each candidate; follows from maxshrink and grid.
 
     Deviation from the reference: maxshrink * grid is taken of the decimal numbers as written (.29 * 100 is 29
     steps, where float arithmetic truncates to 28), and no steps at all is an error.
@@ -65,6 +65,7 @@ class SearchOptions:
     patience: int = 5
     grid: float = 100.0
     norm: float = 2.4
+    factors: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the argument that is out of range."""
@@ -72,21 +73,13 @@ class SearchOptions:
         _check("grid", self.grid, "a number above 0", lambda v: 0 < v < math.inf)
         _check("norm", self.norm, "a number above 0", lambda v: 0 < v < math.inf)
         _check("patience", self.patience, "a whole number of at least 1", lambda v: v >= 1 and v == int(v))
-        if self.num_steps < 1:
+        num_steps = math.floor(Fraction(str(self.maxshrink)) * Fraction(str(self.grid)))
+        if num_steps < 1:
             raise ValueError(
                 f"maxshrink={self.maxshrink} and grid={self.grid} make no search step: "
                 "expected maxshrink * grid of at least 1"
             )
-
-    @property
-    def num_steps(self) -> int:
-        """How many candidates there are."""
-        return math.floor(Fraction(str(self.maxshrink)) * Fraction(str(self.grid)))
-
-    @property
-    def factors(self) -> tuple[float, ...]:
-        """The factor p of each candidate."""
-        return tuple(1 - i / self.grid for i in range(self.num_steps))
+        object.__setattr__(self, "factors", tuple(1 - i / self.grid for i in range(num_steps)))
 
 
 def _check(name: str, value: object, expected: str, is_allowed: Callable[[float], bool]) -> None:
@@ -99,7 +92,8 @@ class _Problem:
     """All that a compiled search depends on but tensors: there is one graph for each of these."""
 
     format: Format
-    power: Power
+    power: AbsolutePower
+    patience: int
     is_one_group: bool
     optimize_global_scale: bool
 
@@ -113,7 +107,7 @@ class _Scores(NamedTuple):
 
 def search(
     value: Tensor,
-    args: QuantizationArgs,
+    format: Format,
     layout: Layout,
     options: SearchOptions,
     *,
@@ -127,7 +121,7 @@ def search(
 
     Args:
         value: float, any shape and strides that ``layout`` takes, not empty.
-        args: the format.
+        format: the format.
         layout: the groups.
         options: the candidates.
         global_scale: float32, one element; used in every candidate.
@@ -144,24 +138,26 @@ def search(
     assert not optimize_global_scale or math.prod(shape) == 1
     if optimize_global_scale:
         global_scale = None
-    problem = _Problem(Format.of(args), Power.of(options.norm), layout.strategy == "tensor", optimize_global_scale)
+    problem = _Problem(
+        format,
+        AbsolutePower.of(options.norm),
+        int(options.patience),
+        layout.strategy == "tensor",
+        optimize_global_scale,
+    )
     with torch.no_grad():
         factors_C = _factors_on(options.factors, value.device)
-        parts = [
-            _score_tile(problem, tile_OQG, factors_C, global_scale)
-            for tile_OQG in layout.tiles(value.detach(), _MAX_TABLE // options.num_steps)
-        ]
-        any_improved_C = torch.stack([part.any_improved_C for part in parts]).any(0)
-        best_Q = torch.cat([_find_best_step(part.improved_QW, any_improved_C, options.patience) for part in parts])
-        best_factor_Q = factors_C[best_Q]
-        low_Q = torch.cat([part.low_Q for part in parts])
-        high_Q = torch.cat([part.high_Q for part in parts])
-        return Range((low_Q * best_factor_Q).reshape(shape), (high_Q * best_factor_Q).reshape(shape))
+        tiles = layout.tiles(value.detach(), _MAX_TABLE // len(options.factors))
+        if problem.is_one_group:
+            best = _run(_solve, problem, next(tiles), factors_C, global_scale)
+        else:
+            best = _choose(problem, [_run(_score, problem, tile, factors_C, global_scale) for tile in tiles], factors_C)
+        return Range(best.min.reshape(shape), best.max.reshape(shape))
 
 
-def search_global_range(value: Tensor, args: QuantizationArgs, layout: Layout, options: SearchOptions) -> Range:
+def search_global_range(value: Tensor, format: Format, layout: Layout, options: SearchOptions) -> Range:
     """Finds the range of all of ``value`` whose global scale gives the least error (tensor_group's first step)."""
-    return search(value, args, layout.as_one_group(), options, optimize_global_scale=True)
+    return search(value, format, layout.as_one_group(), options, optimize_global_scale=True)
 
 
 def measure_range(value: Tensor, layout: Layout) -> Range:
@@ -172,6 +168,22 @@ def measure_range(value: Tensor, layout: Layout) -> Range:
         low_Q = torch.cat([tile.amin((0, 2)) for tile in tiles]).float()
         high_Q = torch.cat([tile.amax((0, 2)) for tile in tiles]).float()
     return Range(low_Q.reshape(shape), high_Q.reshape(shape))
+
+
+def _solve(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> Range:
+    """The whole search of a value that is one tile."""
+    return _choose(problem, [_score(problem, values_OQG, factors_C, global_scale)], factors_C)
+
+
+def _choose(problem: _Problem, scores: list[_Scores], factors_C: Tensor) -> Range:
+    """The range [Q] of each group's best candidate; patience looks at the groups of all tiles."""
+    any_improved_C = torch.stack([score.any_improved_C for score in scores]).any(0)
+    step_Q = torch.cat([_find_best_step(score.improved_QW, any_improved_C, problem.patience) for score in scores])
+    factor_Q = factors_C[step_Q]
+    return Range(
+        torch.cat([score.low_Q for score in scores]) * factor_Q,
+        torch.cat([score.high_Q for score in scores]) * factor_Q,
+    )
 
 
 def _score(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> _Scores:
@@ -212,15 +224,17 @@ def _sum_errors_of(problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero
     reciprocal_QC1 = _keep(scale_QC.reciprocal())[:, :, None]
     values_OQCG = values_OQG.float()[:, :, None] * reciprocal_QC1
     if grid.type == "int":
-        # A whole zero point moves the grid by whole steps: moving the bounds instead keeps x / scale exact.
+        # A whole zero point moves the grid by whole steps: moving the bounds instead keeps x / scale exact. The clamp
+        # is spelt with relu, which takes one instruction where a maximum that passes NaN on takes four.
         qmin_QC1, qmax_QC1 = _keep(grid.qmin - zero_point_QC)[:, :, None], _keep(grid.qmax - zero_point_QC)[:, :, None]
-        rounded_OQCG = grid.round(values_OQCG).clamp(qmin_QC1, qmax_QC1)
+        above_OQCG = torch.relu(grid.round(values_OQCG - qmin_QC1))
+        rounded_OQCG = qmax_QC1 - torch.relu((grid.qmax - grid.qmin) - above_OQCG)
     elif problem.format.symmetric:
         rounded_OQCG = grid.round(values_OQCG.clamp(grid.qmin, grid.qmax))
     else:
         zero_point_QC1 = _keep(zero_point_QC)[:, :, None]
         rounded_OQCG = grid.round((values_OQCG + zero_point_QC1).clamp(grid.qmin, grid.qmax)) - zero_point_QC1
-    errors_OQC = problem.power((rounded_OQCG - values_OQCG).abs()).sum(-1)
+    errors_OQC = problem.power(rounded_OQCG - values_OQCG).sum(-1)
     # One group: a row's errors are summed while it is in cache, the rows' in float64. Otherwise a table of
     # [O, Q, C] could be larger than the data.
     return errors_OQC.sum(0, dtype=torch.float64 if problem.is_one_group else torch.float32)
@@ -268,16 +282,20 @@ def _find_best_step(improved_QW: Tensor, any_improved_C: Tensor, patience: int) 
     return torch.where(highest_QW >= 0, highest_QW + offset_W, 0).amax(1)
 
 
-def _score_tile(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> _Scores:
+_Stage = Callable[[_Problem, Tensor, Tensor, Tensor | None], Any]
+
+
+def _run(stage: _Stage, problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> Any:
+    """Runs ``_solve`` or ``_score``, compiled where that pays and can be done."""
     if values_OQG.numel() < _MIN_COMPILED or torch.compiler.is_compiling() or not _Compiler.is_usable:
-        return _score(problem, values_OQG, factors_C, global_scale)
+        return stage(problem, values_OQG, factors_C, global_scale)
     # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
     # would find it out. Weights are one observation, and per-tensor values one group: there O and Q stay 1.
     for dim in range(3):
         if values_OQG.shape[dim] != 1:
             torch._dynamo.maybe_mark_dynamic(values_OQG, dim)
     try:
-        return _compile_score(problem)(values_OQG, factors_C, global_scale)
+        return _compile(stage, problem)(values_OQG, factors_C, global_scale)
     except Exception as error:
         if not _is_missing_compiler(error):
             raise
@@ -288,7 +306,7 @@ def _score_tile(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global
             RuntimeWarning,
             stacklevel=2,
         )
-        return _score(problem, values_OQG, factors_C, global_scale)
+        return stage(problem, values_OQG, factors_C, global_scale)
 
 
 _serial = itertools.count()
@@ -301,17 +319,17 @@ class _Compiler:
 
 
 @functools.cache
-def _compile_score(problem: _Problem) -> Callable[[Tensor, Tensor, Tensor | None], _Scores]:
+def _compile(stage: _Stage, problem: _Problem) -> Callable[[Tensor, Tensor, Tensor | None], Any]:
     """One graph per problem: a code object of its own keeps Dynamo's limit of recompilations away from it."""
 
-    def score(values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> _Scores:
-        return _score(problem, values_OQG, factors_C, global_scale)
+    def run(values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> Any:
+        return stage(problem, values_OQG, factors_C, global_scale)
 
     grid = problem.format.grid
-    code = score.__code__.replace(co_name=f"search_{grid.type}{grid.num_bits}_{next(_serial)}")
-    score = types.FunctionType(code, score.__globals__, code.co_name, None, score.__closure__)
+    code = run.__code__.replace(co_name=f"search_{grid.type}{grid.num_bits}_{next(_serial)}")
+    run = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
     # Contraction (x * y + z rounded once) makes the errors more exact, and the power a third faster.
-    return torch.compile(score, fullgraph=True, options={"cpp.enable_floating_point_contract_flag": "fast"})
+    return torch.compile(run, fullgraph=True, options={"cpp.enable_floating_point_contract_flag": "fast"})
 
 
 def _is_missing_compiler(error: BaseException | None) -> bool:
