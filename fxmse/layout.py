@@ -59,8 +59,9 @@ class Layout:
                 f"expected one of {', '.join(_STRATEGIES[base_name])}"
             )
         Format.of(args)
+        group_size = args.group_size if strategy in ("group", "tensor_group") else None
         block = (args.block_structure[0], args.block_structure[1]) if args.block_structure else None
-        return cls(base_name, strategy, args.group_size, block)
+        return cls(base_name, strategy, group_size, block)
 
     def qparam_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """The shape of scale and zero point of a value of ``shape``; raises ValueError where it does not fit."""
@@ -99,12 +100,12 @@ class Layout:
         elif self.strategy == "block":
             yield from self._block_tiles(value, max_groups)
         elif self.base_name == "weight":
-            size = value.shape[-1] if self.strategy == "channel" else self.group_size
-            groups = value.reshape(-1, size)
+            groups = value.reshape(-1, self.group_size or value.shape[-1])
             for part in groups.split(max(1, max_groups)):
                 yield part.unsqueeze(0)
         else:
-            yield value.reshape(-1, value.shape[-1] // (self.group_size or 1), self.group_size or 1)
+            assert self.group_size is not None
+            yield value.reshape(-1, value.shape[-1] // self.group_size, self.group_size)
 
     def as_one_group(self) -> "Layout":
         """The layout that puts all of the value in one group (where a global scale is searched)."""
@@ -114,7 +115,7 @@ class Layout:
         assert self.block_structure is not None
         height, width = self.block_structure
         columns = math.ceil(value.shape[1] / width)
-        for rows in value.split(height * max(1, max_groups // columns)):
+        for rows in torch.split(value, height * max(1, max_groups // columns)):
             # Zeros fill the last blocks up: they lie inside every range and are quantized without error.
             padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % width, 0, -rows.shape[0] % height))
             blocks = padded.unflatten(1, (columns, width)).unflatten(0, (-1, height)).transpose(1, 2)

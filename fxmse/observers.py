@@ -31,24 +31,24 @@ __all__ = [
 
 
 class State(NamedTuple):
-    """What an observer keeps: float32 tensors, or None before the first value.
+    """What an observer keeps, in units of x; None before the first value.
 
     Attributes:
-        min_vals: shape qparam_shape, in units of x.
-        max_vals: likewise.
-        global_min: shape (1,), for tensor_group: the range that the global scale follows from.
-        global_max: likewise.
+        range: of each group, shape qparam_shape.
+        global_range: shape (1,), for tensor_group: the range that the global scale follows from.
     """
 
-    min_vals: Tensor | None = None
-    max_vals: Tensor | None = None
-    global_min: Tensor | None = None
-    global_max: Tensor | None = None
+    range: Range | None = None
+    global_range: Range | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors that are there."""
-        return [tensor for tensor in self if tensor is not None]
+        return [tensor for kept in self if kept is not None for tensor in kept]
+
+
+# The buffers that hold a state, in the order of its tensors; the first two have llm-compressor's names.
+_BUFFERS = ("min_vals", "max_vals", "global_min_vals", "global_max_vals")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class Observer(nn.Module, RegistryMixin):
         self.format = Format.of(args)
         self.options = self._parse_options({**(args.observer_kwargs or {}), **observer_kwargs})
         self.value_dtype = torch.float32
-        for name in State._fields:
+        for name in _BUFFERS:
             self.register_buffer(name, None)
 
     @classmethod
@@ -161,11 +161,15 @@ class Observer(nn.Module, RegistryMixin):
     @property
     def state(self) -> State:
         """What has been kept so far; assign it to go back to an earlier state."""
-        return State(*(getattr(self, name) for name in State._fields))
+        low, high, global_low, global_high = (getattr(self, name) for name in _BUFFERS)
+        return State(
+            None if low is None else Range(low, high), None if global_low is None else Range(global_low, global_high)
+        )
 
     @state.setter
     def state(self, state: State) -> None:
-        for name, tensor in zip(State._fields, state, strict=True):
+        tensors = [tensor for kept in state for tensor in (kept or (None, None))]
+        for name, tensor in zip(_BUFFERS, tensors, strict=True):
             setattr(self, name, tensor)
 
     @property
@@ -207,15 +211,11 @@ class Observer(nn.Module, RegistryMixin):
         if self.layout.strategy == "tensor_group":
             state = self.update_global(state, value)
         measured = self.measure(value, self._global_scale_of(state))
-        old = None if state.min_vals is None else Range(state.min_vals, state.max_vals)
-        merged = self.merge(old, measured)
-        return state._replace(min_vals=merged.min, max_vals=merged.max)
+        return state._replace(range=self.merge(state.range, measured))
 
     def update_global(self, state: State, value: Tensor) -> State:
         """The state with the range that tensor_group's global scale follows from brought up to date."""
-        old = None if state.global_min is None else Range(state.global_min, state.global_max)
-        merged = self.merge(old, self.measure_global(value))
-        return state._replace(global_min=merged.min, global_max=merged.max)
+        return state._replace(global_range=self.merge(state.global_range, self.measure_global(value)))
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The range of each of the value's groups; here from its smallest to its largest element."""
@@ -230,9 +230,7 @@ class Observer(nn.Module, RegistryMixin):
         return new
 
     def _global_scale_of(self, state: State) -> Tensor | None:
-        if state.global_min is None:
-            return None
-        return calculate_global_scale(state.global_min, state.global_max)
+        return None if state.global_range is None else calculate_global_scale(*state.global_range)
 
     @torch.no_grad()
     def get_qparams(self) -> dict[str, Tensor | None]:
@@ -247,12 +245,12 @@ class Observer(nn.Module, RegistryMixin):
             ValueError: no value has been seen, or one that was not finite.
         """
         state = self.state
-        if not state.tensors:
+        if state.range is None:
             raise ValueError(f"the {self.base_name} observer has seen no value: call observer(value) first")
         if not all(tensor.isfinite().all() for tensor in state.tensors):
             raise ValueError(f"the {self.base_name} observer has seen NaN or Inf: calibrate again without that batch")
         global_scale = self._global_scale_of(state)
-        scale, zero_point = calculate_qparams(state.min_vals, state.max_vals, self.args, global_scale)
+        scale, zero_point = calculate_qparams(*state.range, self.args, global_scale)
         if global_scale is None:
             scale = round_scale(scale, self.value_dtype).to(self.value_dtype)
         return {"scale": scale, "zero_point": zero_point, "global_scale": global_scale}
@@ -310,6 +308,7 @@ class MSEObserver(Observer):
     """
 
     options_class = MSEOptions
+    global_scale: Tensor | None
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         super().__init__(base_name, args, **observer_kwargs)

@@ -1,7 +1,7 @@
 """The whole path: prepare, calibrate, convert, and quantize for the three in a row."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ def quantize(
     remaining = iter(batches)
     first = list(itertools.islice(remaining, 1))
     observed = prepare(model, config, first[0] if first else None, dynamic_shapes=dynamic_shapes)
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(itertools.chain(first, remaining), desc="calibrate", unit="batch", total=total, disable=not progress)
     return convert(calibrate(observed, bar, progress=False))
 

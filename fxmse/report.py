@@ -102,9 +102,8 @@ class _Recorder(nn.Module):
 
 def _watch(graph_module: GraphModule, node: Node) -> _Recorder:
     """Puts a recorder behind a fake-quantize node."""
-    x, scale, zero_point, global_scale, num_bits, type_, strategy, *rest = node.args
-    assert isinstance(scale, Node)
-    group_size, block_structure = (*rest, None, None)[:2]
+    arguments: tuple[Any, ...] = (*node.args, None, None)[:9]
+    x, scale, zero_point, global_scale, num_bits, type_, strategy, group_size, block_structure = arguments
     args = QuantizationArgs.model_validate(
         {
             "num_bits": num_bits,

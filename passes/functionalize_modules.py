@@ -1,6 +1,8 @@
 """Makes the weights of traced modules visible."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,11 @@ from fxmse.passes.base import GraphPass
 
 __all__ = ["FunctionalizeModules"]
 
-_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_CONVOLUTIONS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def _replace(graph: Graph, node: Node, module: nn.Module) -> None:
             options = {"padding_idx": module.padding_idx, "scale_grad_by_freq": module.scale_grad_by_freq}
             new = graph.call_function(F.embedding, (value, weight), {**options, "sparse": module.sparse})
         else:
-            geometry = (module.stride, module.padding, module.dilation, module.groups)
+            geometry: Any = (module.stride, module.padding, module.dilation, module.groups)
             new = graph.call_function(_CONVOLUTIONS[type(module)], (value, weight, bias, *geometry))
     new.meta = dict(node.meta)
     stack = new.meta.get("nn_module_stack") or {}

@@ -124,14 +124,14 @@ def _find_reads(
     """The values that ``scheme`` quantizes at ``node`` and that have no probe yet (rule 6)."""
     weight = op.weight.get(node)
     source = _look_through_probe(graph_module, weight)
-    is_parameter = isinstance(source, Node) and source.op == "get_attr"
-    leaf = str(source.target).rpartition(".")[2] if is_parameter else "weight"
+    parameter = source if isinstance(source, Node) and source.op == "get_attr" else None
+    leaf = str(parameter.target).rpartition(".")[2] if parameter else "weight"
     prefix = "" if leaf == "weight" else f"{leaf}_"
-    if scheme.weights and not is_parameter:
+    if scheme.weights and not parameter:
         skipped.append(f"the weight of {path or node.name} (it is computed in the graph)")
-    elif scheme.weights and source is weight:
+    elif scheme.weights and parameter is weight:
         site = make_site(path, prefix, "weight", scheme.weights)
-        yield _Read(site, weight, node, op.weight, op.is_convolution)
+        yield _Read(site, parameter, node, op.weight, op.is_convolution)
     if scheme.input_activations and op.input is None:
         skipped.append(f"the input of {path or node.name} (it is an index)")
     elif scheme.input_activations and op.input:

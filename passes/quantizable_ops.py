@@ -89,7 +89,8 @@ def find_module(graph_module: GraphModule, node: Node, op: QuantizableOp) -> tup
     answers to the op's class as well.
     """
     stack = node.meta.get("nn_module_stack") or {}
-    path, module_class = next(reversed(stack.values()), ("", type(graph_module)))
+    innermost: tuple[str, type | str] = next(reversed(stack.values()), ("", type(graph_module)))
+    path, module_class = innermost
     path = re.sub(r"@\d+", "", path)  # torch.export numbers the calls of a module that is called again
     return path, _make_stand_in(module_class, op.class_name)
 
