@@ -20,8 +20,9 @@ _STRATEGIES = {
     "k": ("tensor", "attn_head"),
     "v": ("tensor", "attn_head"),
 }
-# Rows of a per-tensor value are made at least this long, so that a row's reduction fills the vector units.
-_MIN_ROW = 256
+# Trailing dimensions of a per-tensor value are merged until rows are so long that their reduction fills the vector
+# units; with the first dimension only where rows would be very short.
+_LONG_ROW, _SHORT_ROW = 256, 32
 
 
 @dataclass(frozen=True)
@@ -117,17 +118,19 @@ class Layout:
         columns = math.ceil(value.shape[1] / width)
         for rows in torch.split(value, height * max(1, max_groups // columns)):
             # Zeros fill the last blocks up: they lie inside every range and are quantized without error.
-            padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % width, 0, -rows.shape[0] % height))
+            padded = torch.nn.functional.pad(rows, (0, columns * width - value.shape[1], 0, -len(rows) % height))
             blocks = padded.unflatten(1, (columns, width)).unflatten(0, (-1, height)).transpose(1, 2)
             yield blocks.reshape(1, -1, height * width)
 
 
 def _as_rows(value: Tensor) -> Tensor:
     """All elements as [O, 1, G], G long enough to vectorise; a view of any dense value, whatever its order."""
-    value = value.permute(sorted(range(value.dim()), key=lambda d: -value.stride(d)))
+    strides = value.stride()
+    value = value.permute(sorted(range(value.dim()), key=lambda dim: strides[dim], reverse=True))
     length = 1
-    dim = value.dim()
-    while dim and length < _MIN_ROW:
-        dim -= 1
+    for dim in range(value.dim() - 1, -1, -1):
+        # A first dimension that varies from batch to batch had better stay one.
+        if length >= (_LONG_ROW if dim else _SHORT_ROW):
+            break
         length = length * value.shape[dim]
     return value.reshape(-1, 1, length)

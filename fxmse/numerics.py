@@ -158,7 +158,8 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float8_e4m3fn:
         rounded, stand_in = Grid(8, "float").round(scale.clamp(max=448.0)), 0.125
     else:
-        rounded = scale.clamp(max=torch.finfo(dtype).max).to(dtype).to(scale.dtype)
+        largest = min(torch.finfo(dtype).max, torch.finfo(scale.dtype).max)
+        rounded = scale.clamp(max=largest).to(dtype).to(scale.dtype)
         stand_in = torch.finfo(dtype).eps
     return torch.where(rounded == 0, stand_in, rounded)
 

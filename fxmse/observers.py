@@ -143,7 +143,7 @@ class Observer(nn.Module, RegistryMixin):
         try:
             observer_class = cls.get_value_from_registry(name)
         except KeyError:
-            known = ", ".join(sorted(cls.registered_names()))
+            known = ", ".join(sorted(cls.registered_names())).replace("-", "_")  # the registry's spelling
             raise ValueError(f"observer={name!r}: expected one of {known}") from None
         return observer_class(**kwargs)
 

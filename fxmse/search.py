@@ -56,6 +56,7 @@ class SearchOptions:
         grid: candidates are p = 1 - i / grid for i in 0 .. maxshrink * grid - 1; above 0.
         norm: exponent of the error; above 0. 2 is the mean squared error.
         factors: the factor p of each candidate; follows from maxshrink and grid.
+        power: |e| ** norm; follows from norm.
 
     Deviation from the reference: maxshrink * grid is taken of the decimal numbers as written (.29 * 100 is 29
     steps, where float arithmetic truncates to 28), and no steps at all is an error.
@@ -66,6 +67,7 @@ class SearchOptions:
     grid: float = 100.0
     norm: float = 2.4
     factors: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    power: AbsolutePower = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the argument that is out of range."""
@@ -80,6 +82,7 @@ class SearchOptions:
                 "expected maxshrink * grid of at least 1"
             )
         object.__setattr__(self, "factors", tuple(1 - i / self.grid for i in range(num_steps)))
+        object.__setattr__(self, "power", AbsolutePower.of(self.norm))
 
 
 def _check(name: str, value: object, expected: str, is_allowed: Callable[[float], bool]) -> None:
@@ -140,13 +143,13 @@ def search(
         global_scale = None
     problem = _Problem(
         format,
-        AbsolutePower.of(options.norm),
+        options.power,
         int(options.patience),
         layout.strategy == "tensor",
         optimize_global_scale,
     )
     with torch.no_grad():
-        factors_C = _factors_on(options.factors, value.device)
+        factors_C = _factors_on(options, value.device)
         tiles = layout.tiles(value.detach(), _MAX_TABLE // len(options.factors))
         if problem.is_one_group:
             best = _run(_solve, problem, next(tiles), factors_C, global_scale)
@@ -347,6 +350,14 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-@functools.cache
-def _factors_on(factors: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(factors, dtype=torch.float32, device=device)
+def _factors_on(options: SearchOptions, device: torch.device) -> Tensor:
+    # Dynamo traces through a cache, and says so.
+    make = _make_tensor if torch.compiler.is_compiling() else _make_tensor_once
+    return make(options.factors, device)
+
+
+def _make_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+_make_tensor_once = functools.cache(_make_tensor)

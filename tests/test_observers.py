@@ -1,0 +1,319 @@
+"""Observers against llm-compressor's, and against the contract where it dropped a part."""
+
+import copy
+
+import pytest
+import torch
+from cases import ACTIVATION_ARGS, DISTRIBUTIONS, FP8, NVFP4, WEIGHT_ARGS, make_args, make_weight
+from compressed_tensors.quantization.lifecycle import fake_quantize
+from compressed_tensors.quantization.utils import generate_gparam
+from llmcompressor.observers import Observer as ReferenceObserver
+from oracle import global_scale_of, sum_errors
+from oracle import search as search_by_contract
+
+from fxmse.layout import Layout
+from fxmse.observers import Observer
+
+NAMES = ("memoryless_mse", "mse", "memoryless_minmax", "static_minmax", "minmax")
+TIE = 1e-6
+
+
+def observe(observer_class, name, base_name, args, values, **kwargs):
+    # The reference writes into the args it is given.
+    observer = observer_class.load_from_registry(name, base_name=base_name, args=copy.deepcopy(args), **kwargs)
+    for value in values:
+        observer(value)
+    return observer.get_qparams()
+
+
+def assert_same_qparams(ours, reference, groups=None, args=None, norm=2.4):
+    """Scale to 1e-5 and the same zero point; with ``groups``, a tie in float64 error may be decided either way."""
+    assert ours["scale"].dtype == reference["scale"].dtype
+    assert ours["scale"].shape == reference["scale"].shape
+    assert ours["zero_point"].dtype == reference["zero_point"].dtype
+    assert ours["zero_point"].shape == reference["zero_point"].shape
+    scale, expected = ours["scale"].double().flatten(), reference["scale"].double().flatten()
+    zero_point, expected_zero_point = (q["zero_point"].double().flatten() for q in (ours, reference))
+    is_same = ((scale - expected).abs() <= 1e-5 * expected) & (zero_point == expected_zero_point)
+    if is_same.all():
+        return
+    assert groups is not None, f"{(~is_same).sum()} of {len(is_same)} differ"
+    errors = [
+        sum_errors(groups.double(), *qparams, args, norm)
+        for qparams in ((scale, zero_point), (expected, expected_zero_point))
+    ]
+    # Where the reference's float32 sums picked a candidate that is worse by more than a tie, ours has to be better.
+    assert (is_same | (errors[0] <= errors[1] * (1 + TIE))).all()
+
+
+def as_groups(value, base_name, args):
+    return torch.cat([tile.transpose(0, 1).flatten(1) for tile in Layout.of(args, base_name).tiles(value, 1 << 20)])
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+@pytest.mark.parametrize("args_name", WEIGHT_ARGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_have_the_references_qparams(name, args_name, kind):
+    args, weight = WEIGHT_ARGS[args_name], make_weight(kind)
+    ours = observe(Observer, name, "weight", args, [weight])
+    reference = observe(ReferenceObserver, name, "weight", args, [weight])
+    assert_same_qparams(ours, reference, as_groups(weight, "weight", args), args)
+    assert ours["global_scale"] is reference["global_scale"] is None
+
+
+OBSERVER_KWARGS = [
+    {"maxshrink": 0.5, "grid": 40.0, "patience": 3},
+    {"norm": 2.0},
+    {"norm": 1.0, "patience": 1},
+    {"norm": 3.5, "maxshrink": 0.8, "patience": 80},
+    {"grid": 200.0, "patience": 2},
+]
+
+
+@pytest.mark.parametrize("kwargs", OBSERVER_KWARGS, ids=str)
+@pytest.mark.parametrize("kind", ["heavy", "special"])
+@pytest.mark.parametrize(
+    "args_name", ["int8_channel", "int4_asym_g32", "int2_channel", "fp8_block", "mxfp4", "int8_tensor"]
+)
+def test_arguments_have_the_references_effect(args_name, kind, kwargs):
+    args, weight = WEIGHT_ARGS[args_name], make_weight(kind)
+    ours = observe(Observer, "memoryless_mse", "weight", args, [weight], **kwargs)
+    reference = observe(ReferenceObserver, "memoryless_mse", "weight", args, [weight], **kwargs)
+    assert_same_qparams(ours, reference, as_groups(weight, "weight", args), args, kwargs.get("norm", 2.4))
+
+
+def make_batches(kind, num_batches, seed=0):
+    return [
+        make_weight(kind, rows=20, columns=64, seed=seed + i).reshape(2, 10, 64) * (1 + i / 4) + i / 10
+        for i in range(num_batches)
+    ]
+
+
+@pytest.mark.parametrize("num_batches", [1, 7])
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+@pytest.mark.parametrize("args_name", ACTIVATION_ARGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_activations_have_the_references_qparams(name, args_name, kind, num_batches):
+    args, batches = ACTIVATION_ARGS[args_name], make_batches(kind, num_batches)
+    for base_name in ("input", "output"):
+        ours = observe(Observer, name, base_name, args, batches)
+        reference = observe(ReferenceObserver, name, base_name, args, batches)
+        assert_same_qparams(ours, reference, as_groups(batches[-1], base_name, args), args)
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_states_have_the_references_qparams(name, strategy):
+    args = make_args(8, strategy=strategy)
+    batches = [torch.randn(2, 4, 6, 16) * (1 + i) for i in range(3)]
+    ours = observe(Observer, name, "q", args, batches)
+    reference = observe(ReferenceObserver, name, "q", args, batches)
+    assert_same_qparams(ours, reference, as_groups(batches[-1], "q", args), args)
+
+
+@pytest.mark.parametrize("constant", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("name", ["mse", "minmax"])
+def test_averages_weigh_as_the_references(name, constant):
+    args, batches = ACTIVATION_ARGS["int8_asym_tensor"], make_batches("skewed", 5)
+    ours = observe(Observer, name, "input", args, batches, averaging_constant=constant)
+    reference = observe(ReferenceObserver, name, "input", args, batches, averaging_constant=constant)
+    assert_same_qparams(ours, reference)
+
+
+def test_large_values_are_compiled_and_have_the_references_qparams():
+    weight = make_weight("heavy", rows=256, columns=512)
+    for args_name in ("int8_channel", "int4_asym_g32", "fp8_tensor"):
+        args = WEIGHT_ARGS[args_name]
+        ours = observe(Observer, "memoryless_mse", "weight", args, [weight])
+        reference = observe(ReferenceObserver, "memoryless_mse", "weight", args, [weight])
+        assert_same_qparams(ours, reference, as_groups(weight, "weight", args), args)
+    args = ACTIVATION_ARGS["int8_asym_tensor"]
+    batches = [torch.randn(8, n, 256).exp() for n in (17, 30, 5)]
+    ours, reference = (observe(o, "mse", "input", args, batches) for o in (Observer, ReferenceObserver))
+    assert_same_qparams(ours, reference)
+
+
+@pytest.mark.parametrize("name", ["memoryless_minmax", "static_minmax", "minmax"])
+def test_minmax_of_tensor_group_equals_the_reference(name):
+    for values in ([make_weight("heavy")], [make_weight("special")]):
+        ours = observe(Observer, name, "weight", NVFP4, values)
+        reference = observe(ReferenceObserver, name, "weight", NVFP4, values)
+        assert_same_qparams(ours, reference)
+        assert torch.equal(ours["global_scale"], reference["global_scale"])
+
+
+def search_nvfp4_by_contract(weight, global_scale=None, steps=20, grid=100.0, norm=2.4, patience=5):
+    """0.9's two steps: the global scale from all of the value, then each group's range with it."""
+    if global_scale is None:
+        found = search_by_contract(weight.reshape(1, -1), NVFP4, steps, grid, norm, patience, 1.0, True)
+        global_scale = global_scale_of(weight.double().abs().max() * (1 - found.step / grid))
+    groups = weight.reshape(-1, 16)
+    return global_scale, groups, search_by_contract(groups, NVFP4, steps, grid, norm, patience, global_scale)
+
+
+@pytest.mark.parametrize("given", [None, 100.0])
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_tensor_group_follows_the_contracts_two_steps(kind, given):
+    weight = make_weight(kind)
+    kwargs = {} if given is None else {"global_scale": torch.tensor([given])}
+    ours = observe(Observer, "memoryless_mse", "weight", NVFP4, [weight], **kwargs)
+    expected = None if given is None else torch.tensor([given], dtype=torch.float64)
+    global_scale, groups, found = search_nvfp4_by_contract(weight, expected)
+    assert ours["global_scale"].shape == (1,)
+    assert ours["global_scale"].dtype == ours["scale"].dtype == torch.float32
+    torch.testing.assert_close(ours["global_scale"].double(), global_scale.double(), rtol=1e-6, atol=0)
+    assert ours["scale"].shape == (24, 6)
+    assert torch.equal(ours["scale"].to(FP8).float(), ours["scale"])
+    scale = (ours["scale"].double() / ours["global_scale"].double()).flatten()
+    errors = sum_errors(groups.double(), scale, torch.zeros(()).expand(len(groups)), NVFP4, 2.4)
+    best = found.errors.gather(1, found.step[:, None])[:, 0]
+    assert (errors <= best * (1 + TIE) + 1e-9 * groups.abs().amax(1)).all()
+
+
+def test_optimize_global_scale_ignores_the_given_one():
+    weight = make_weight("heavy")
+    searched = observe(Observer, "memoryless_mse", "weight", NVFP4, [weight])
+    ignored = observe(
+        Observer, "memoryless_mse", "weight", NVFP4, [weight], global_scale=5.0, optimize_global_scale=True
+    )
+    assert torch.equal(searched["global_scale"], ignored["global_scale"])
+    assert torch.equal(searched["scale"], ignored["scale"])
+
+
+def test_tensor_group_activations_average_both_ranges():
+    batches = make_batches("heavy", 4)
+    observer = Observer.load_from_registry("mse", base_name="input", args=NVFP4, averaging_constant=0.5)
+    alone = Observer.load_from_registry("memoryless_mse", base_name="input", args=NVFP4)
+    expected = None
+    for batch in batches:
+        observer(batch)
+        found = alone.measure_global(batch)
+        expected = found.max if expected is None else expected * 0.5 + found.max * 0.5
+    assert torch.allclose(observer.global_max_vals, expected)
+    expected_scale = generate_gparam(observer.global_min_vals, observer.global_max_vals)
+    assert torch.equal(observer.get_qparams()["global_scale"], expected_scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_qparams_have_the_values_dtype_and_the_state_float32(dtype):
+    weight = make_weight("normal").to(dtype)
+    observer = Observer.load_from_registry("memoryless_mse", base_name="weight", args=make_args(8, strategy="channel"))
+    reference = observe(ReferenceObserver, "memoryless_minmax", "weight", make_args(8, strategy="channel"), [weight])
+    ours = observer(weight).get_qparams()
+    assert ours["scale"].dtype == reference["scale"].dtype == dtype
+    assert observer.min_vals.dtype == torch.float32
+    # At p = 1 the scale is the min-max scale as the reference stores it.
+    minmax = observe(Observer, "memoryless_minmax", "weight", make_args(8, strategy="channel"), [weight])
+    assert torch.equal(minmax["scale"], reference["scale"])
+
+
+def test_averages_of_half_precision_move():
+    # Averaged in bfloat16 the reference stays at 1.0000 after 512 batches of 1.3.
+    observer = Observer.load_from_registry("minmax", base_name="input", args=make_args(8))
+    observer(torch.tensor([[1.0]], dtype=torch.bfloat16))
+    for _ in range(512):
+        observer(torch.tensor([[1.3]], dtype=torch.bfloat16))
+    assert observer.max_vals.item() == pytest.approx(1.3, rel=5e-3)
+
+
+def test_the_callable_returns_the_observer_and_get_qparams_can_be_asked_again():
+    observer = Observer.load_from_registry("mse", base_name="input", args=make_args(8))
+    assert observer(torch.randn(4, 8)) is observer
+    assert torch.equal(observer.get_qparams()["scale"], observer.get_qparams()["scale"])
+
+
+def test_args_are_never_changed():
+    args = make_args(8, observer_kwargs={"norm": 2.0})
+    before = args.model_dump()
+    observer = Observer.load_from_registry("mse", base_name="input", args=args, patience=7)
+    observer(torch.randn(4, 8))
+    assert args.model_dump() == before
+    assert (observer.options.norm, observer.options.patience) == (2.0, 7)
+
+
+def test_a_changed_weight_is_observed_again():
+    observer = Observer.load_from_registry("memoryless_mse", base_name="weight", args=make_args(8))
+    first = observer(torch.randn(8, 8)).get_qparams()["scale"]
+    second = observer(torch.randn(8, 8) * 100).get_qparams()["scale"]
+    assert second > 10 * first
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("bad", "described"), [(float("nan"), "2 NaN and 0 Inf"), (float("inf"), "0 NaN and 2 Inf")])
+def test_nan_and_inf_are_named_and_leave_the_state_alone(name, bad, described):
+    observer = Observer.load_from_registry(name, base_name="input", args=make_args(8, strategy="group", group_size=4))
+    observer(torch.randn(4, 8))
+    before = observer.state
+    value = torch.randn(4, 8)
+    value[1, 2:4] = bad
+    with pytest.raises(ValueError, match=f"input has {described} among 32 elements"):
+        observer(value)
+    assert all(torch.equal(a, b) for a, b in zip(before.tensors, observer.state.tensors, strict=True))
+
+
+def test_an_empty_value_changes_nothing():
+    observer = Observer.load_from_registry("mse", base_name="input", args=make_args(8))
+    observer(torch.randn(4, 8))
+    before = observer.get_qparams()["scale"]
+    assert torch.equal(observer(torch.empty(0, 8)).get_qparams()["scale"], before)
+
+
+def test_no_value_is_an_error():
+    observer = Observer.load_from_registry("mse", base_name="input", args=make_args(8))
+    with pytest.raises(ValueError, match="input observer has seen no value"):
+        observer.get_qparams()
+
+
+def test_whole_numbers_are_an_error():
+    observer = Observer.load_from_registry("mse", base_name="input", args=make_args(8))
+    with pytest.raises(ValueError, match=r"dtype torch.int64: expected a float"):
+        observer(torch.arange(4))
+
+
+@pytest.mark.parametrize("kind", ["dead", "constant"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dead_and_constant_channels_keep_a_usable_scale(kind, symmetric):
+    weight = torch.zeros(4, 32) if kind == "dead" else torch.full((4, 32), -0.7)
+    args = make_args(8, strategy="channel", symmetric=symmetric)
+    qparams = observe(Observer, "memoryless_mse", "weight", args, [weight])
+    assert (qparams["scale"] > 0).all()
+    assert qparams["scale"].isfinite().all()
+    quantized = fake_quantize(weight, qparams["scale"], qparams["zero_point"], args)
+    torch.testing.assert_close(quantized, weight, rtol=0.5 / 127, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "named"),
+    [
+        ("mse", {"maxshrnk": 0.2}, "no argument 'maxshrnk': expected one of .*maxshrink"),
+        ("mse", {"averaging_constant": 0}, "averaging_constant=0: expected a number in"),
+        ("mse", {"grid": 0}, "grid=0"),
+        ("memoryless_mse", {"averaging_constant": 0.1}, "no argument 'averaging_constant'"),
+        ("memoryless_mse", {"norm": -2}, "norm=-2"),
+        ("memoryless_mse", {"global_scale": -1.0}, "global_scale=-1.0: expected one finite number above 0"),
+        ("memoryless_mse", {"global_scale": torch.ones(3)}, "global_scale=.*expected one finite number"),
+        ("memoryless_mse", {"optimize_global_scale": 1}, "optimize_global_scale=1"),
+        ("memoryless_minmax", {"norm": 2}, "no argument 'norm': it takes none"),
+        ("msee", {}, "observer='msee': expected one of .*memoryless_mse"),
+    ],
+)
+def test_bad_arguments_are_named(name, kwargs, named):
+    with pytest.raises(ValueError, match=named):
+        Observer.load_from_registry(name, base_name="weight", args=make_args(8), **kwargs)
+
+
+def test_bad_arguments_in_the_args_are_named_too():
+    with pytest.raises(ValueError, match="no argument 'pateince'"):
+        Observer.load_from_registry("mse", base_name="input", args=make_args(8, observer_kwargs={"pateince": 3}))
+
+
+def test_state_can_be_taken_and_given_back():
+    observer = Observer.load_from_registry("mse", base_name="weight", args=NVFP4)
+    assert observer.state.tensors == []
+    observer(make_weight("normal"))
+    state = observer.state
+    expected = observer.get_qparams()["scale"]
+    observer(make_weight("heavy"))
+    observer.state = state
+    assert torch.equal(observer.get_qparams()["scale"], expected)
+    assert set(observer.state_dict()) == {"min_vals", "max_vals", "global_min_vals", "global_max_vals"}
