@@ -23,6 +23,7 @@ _STRATEGIES = {
 # Trailing dimensions of a per-tensor value are merged until rows are so long that their reduction fills the vector
 # units; with the first dimension only where rows would be very short.
 _LONG_ROW, _SHORT_ROW = 256, 32
+_MAX_COPY = 1 << 20  # elements
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ class Layout:
         if self.strategy == "tensor":
             yield _as_rows(value)
         elif self.strategy == "attn_head":
-            batch, heads, tokens, width = value.shape
-            yield value.transpose(1, 2).reshape(batch * tokens, heads, width)
+            # Attention states are often laid out as (batch, tokens, heads, head_dim): both orders are views.
+            by_token = value.transpose(1, 2)
+            yield by_token.flatten(0, 1) if by_token.is_contiguous() else value.flatten(2)
         elif self.strategy == "block":
             yield from self._block_tiles(value, max_groups)
         elif self.base_name == "weight":
@@ -133,4 +135,6 @@ def _as_rows(value: Tensor) -> Tensor:
         if length >= (_LONG_ROW if dim else _SHORT_ROW):
             break
         length = length * value.shape[dim]
-    return value.reshape(-1, 1, length)
+    rows = value.reshape(-1, 1, length)
+    # A small copy (of a batch's first tokens, say) spares a second compiled graph for its strides.
+    return rows.contiguous() if rows.numel() <= _MAX_COPY else rows

@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["AbsolutePower"]
 
-_DEGREE = 5
+_DEGREE = 5  # for m ** p at p below 1 one more, which has the relative error stay as small
 _FITTED = (1, 4)  # outside, the polynomials would need another degree
 _TINY = 2.0**-60
 
@@ -49,7 +49,12 @@ class AbsolutePower:
         mantissa = 1.5 + 0.5 * nodes
         fraction = _list_fractions(exponent)
         fraction = 0.5 * nodes if fraction is None else fraction
-        return cls(exponent, _fit(mantissa, mantissa ** (exponent / 2)), _fit(fraction, 2.0**fraction))
+        mantissa_degree = _DEGREE + (exponent < 2)
+        return cls(
+            exponent,
+            _fit(mantissa, mantissa ** (exponent / 2), mantissa_degree),
+            _fit(fraction, 2.0**fraction, min(_DEGREE, len(fraction) - 1)),
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """``|x| ** exponent``."""
@@ -88,7 +93,7 @@ def _evaluate(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
     return result
 
 
-def _fit(x: Tensor, y: Tensor) -> tuple[float, ...]:
+def _fit(x: Tensor, y: Tensor, degree: int) -> tuple[float, ...]:
     """Coefficients of y(x), highest first, least in relative error."""
-    rows = torch.linalg.vander(x, N=min(_DEGREE + 1, len(x))).flip(1) / y[:, None]
+    rows = torch.linalg.vander(x, N=degree + 1).flip(1) / y[:, None]
     return tuple(torch.linalg.lstsq(rows, torch.ones_like(y)[:, None]).solution[:, 0].tolist())

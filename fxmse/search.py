@@ -36,7 +36,7 @@ _MAX_TABLE = 1 << 20
 _MIN_COMPILED = 1 << 12
 # Uncompiled, so many errors are held at a time.
 _MAX_EAGER = 1 << 20
-_WORD = 52  # steps per word of a bit set: what a float64 holds exactly
+_WORD = 62  # steps per word of a bit set
 
 
 class Range(NamedTuple):
@@ -279,9 +279,10 @@ def _find_best_step(improved_QW: Tensor, any_improved_C: Tensor, patience: int) 
         is_stale = (~any_improved_C).unfold(0, patience, 1).all(1)
         has_ended = torch.cat([is_stale.new_zeros(patience), is_stale.cumsum(0)[:-1] > 0])
         improved_QW = improved_QW & _pack_bits(~has_ended[None])
-    # frexp of a whole number is exact: its exponent is the place of the highest bit, from 1; 0 where none is set.
-    highest_QW = torch.frexp(improved_QW.double()).exponent - 1
-    offset_W = torch.arange(0, num_steps, _WORD, device=highest_QW.device)
+    # A whole number has as many bits as there are powers of two up to it.
+    powers = 1 << torch.arange(min(_WORD, num_steps), device=improved_QW.device)
+    highest_QW = (improved_QW[:, :, None] >= powers).sum(2) - 1
+    offset_W = torch.arange(0, num_steps, _WORD, device=improved_QW.device)
     return torch.where(highest_QW >= 0, highest_QW + offset_W, 0).amax(1)
 
 
@@ -305,7 +306,7 @@ def _run(stage: _Stage, problem: _Problem, values_OQG: Tensor, factors_C: Tensor
         _Compiler.is_usable = False
         warnings.warn(
             f"the MSE search runs uncompiled, several times slower: {_first_line(error)}. "
-            "Install a C++ compiler (g++ or clang), or set CXX.",
+            "Install a C++ compiler (g++ or clang), or set CXX to one that works.",
             RuntimeWarning,
             stacklevel=2,
         )

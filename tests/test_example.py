@@ -1,0 +1,61 @@
+"""The example on real weights and text: its figures, and one graph a scheme over all layers and batches."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+
+import fxmse
+import fxmse.search as search_module
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import quantize_minilm as example
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    folder = example.find_model_folder()
+    model = example.AutoModel.from_pretrained(folder).eval()
+    batches = example.load_batches(folder, 48)
+    with torch.no_grad():
+        return example.export(model, batches[0]), batches[:32], batches[32:]
+
+
+@torch.no_grad()
+def test_minilm_has_one_graph_a_scheme_and_the_references_quality(minilm):
+    program, calibration, held_out = minilm
+    torch._dynamo.reset()
+    search_module._compile.cache_clear()
+    counters.clear()
+    quantized = fxmse.quantize(program, example.CONFIG, calibration, progress=False)
+    # Weights int8 per channel and inputs int8 per tensor: two schemes over 37 weights, 25 values and 32 batches.
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    assert not counters["recompile_limit"]
+    float_graph = program.module()
+    cosines = [F.cosine_similarity(example.embed(float_graph, b), example.embed(quantized, b)) for b in held_out]
+    assert torch.cat(cosines).mean() >= 0.9939
+    assert torch.cat(cosines).min() >= 0.98
+
+
+@torch.no_grad()
+def test_minilm_observed_gives_equal_outputs(minilm):
+    program, calibration, _ = minilm
+    observed, float_graph = fxmse.prepare(program, example.CONFIG), program.module()
+    for batch in calibration[:2]:
+        assert torch.equal(observed(**batch)[0], float_graph(**batch)[0])
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "minilm.pt2"
+    monkeypatch.setattr(sys, "argv", ["quantize_minilm.py", "--out", str(out), "--batches", "2"])
+    example.main()
+    printed = capsys.readouterr().out
+    assert printed.count("int8 symmetric channel") == 37
+    assert printed.count("int8 asymmetric tensor") == 25
+    assert "in a new process it gives equal outputs" in printed
+    assert out.stat().st_size > 1 << 20

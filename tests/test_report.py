@@ -1,0 +1,59 @@
+"""The report against sums made by hand."""
+
+import math
+
+import pytest
+import torch
+from compressed_tensors.quantization.lifecycle import fake_quantize
+from models import make_config
+from torch import nn
+
+import fxmse
+
+
+def test_report_says_what_quantization_did():
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(32, 8)).eval(), [torch.randn(16, 32), torch.randn(5, 32)]
+    config = make_config(weights={"num_bits": 4, "strategy": "group", "group_size": 8}, inputs={"symmetric": False})
+    quantized = fxmse.quantize(model, config, batches, progress=False)
+    code = quantized.code
+    weight, activation = fxmse.report(quantized, batches)
+    assert quantized.code == code
+    assert (weight.module, weight.role, weight.format, weight.num_scales) == (
+        "0",
+        "weight",
+        "int4 symmetric group 8",
+        32,
+    )
+    assert (activation.role, activation.format, activation.num_scales) == ("input", "int8 asymmetric tensor", 1)
+    scale = quantized.state_dict()["0.weight_scale"]
+    value = model[0].weight.detach()
+    noise = fake_quantize(value, scale, None, config.config_groups["group_0"].weights) - value
+    sqnr = 10 * math.log10(value.square().sum() / noise.square().sum())
+    assert weight.sqnr == pytest.approx(sqnr, rel=1e-5)
+    minmax = value.unflatten(1, (4, 8)).abs().amax(-1) / 7.5
+    assert weight.range_ratio == pytest.approx((scale / minmax).mean().item(), rel=1e-5)
+    both = torch.cat(batches)
+    expected = quantized.state_dict()["0.input_scale"].item() * 255 / (both.max() - both.min()).item()
+    assert activation.range_ratio == pytest.approx(expected, rel=1e-5)
+
+
+BLOCKS = make_config(weights={"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [64, 32]})
+
+
+@pytest.mark.parametrize("config", ["NVFP4A16", BLOCKS], ids=["nvfp4", "block"])
+def test_report_knows_other_formats(config):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 128)).eval()
+    quantized = fxmse.quantize(torch.fx.symbolic_trace(model), config, progress=False)
+    (site,) = fxmse.report(quantized, [torch.randn(2, 128)])
+    assert site.sqnr > 15
+    assert 0.7 < site.range_ratio <= 1.01
+
+
+def test_report_needs_a_folded_graph_and_batches():
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="no fake-quantize nodes"):
+        fxmse.report(model, [torch.randn(2, 4)])
+    with pytest.raises(ValueError, match="no batches"):
+        fxmse.report(fxmse.quantize(model, make_config(), progress=False), [])
