@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from fxmse.capture import capture, copy_graph_module, split_inputs
-from fxmse.config import resolve_config
 from fxmse.observers import State, describe_non_finite
 from fxmse.ops import FAKE_QUANTIZE
 from fxmse.passes import FoldFakeQuant, InsertObservers
@@ -44,7 +43,7 @@ def prepare(
         ValueError: a config that matches nothing or does not fit; a graph that was quantized already.
     """
     observed = capture(model, example_inputs, dynamic_shapes)
-    InsertObservers(resolve_config(config))(observed)
+    InsertObservers(config)(observed)
     return observed
 
 

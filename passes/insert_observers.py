@@ -10,7 +10,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxmse.config import Site, make_site, match_schemes
+from fxmse.config import Site, make_site, match_schemes, resolve_config
 from fxmse.layout import Layout
 from fxmse.observers import Observer
 from fxmse.ops import FAKE_QUANTIZE
@@ -39,13 +39,13 @@ class InsertObservers(GraphPass):
     The observed graph computes what it computed before, bit for bit.
 
     Attributes:
-        config: which modules get which scheme.
+        config: which modules get which scheme: a config, a scheme, or a preset's name.
 
     Raises:
         ValueError: the config matches nothing; a weight's shape or dtype does not fit its format; the graph is folded.
     """
 
-    config: QuantizationConfig
+    config: QuantizationConfig | QuantizationScheme | str
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Applies the rules."""
@@ -55,7 +55,7 @@ class InsertObservers(GraphPass):
                 "it differently"
             )
         modified = FunctionalizeModules()(graph_module).modified
-        plan = _plan(graph_module, self.config)
+        plan = _plan(graph_module, resolve_config(self.config))
         for observation in plan:
             _insert(graph_module, observation)
         return modified or bool(plan)

@@ -1,0 +1,30 @@
+"""What the README shows runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_examples_run_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, namespace)
+    assert "0.weight: int8 symmetric channel" in capsys.readouterr().out
+    assert (tmp_path / "quantized.pt2").exists()
+    x = namespace["batches"][0]
+    with torch.no_grad():
+        expected = namespace["model"](x)
+        for quantized in (namespace["quantized"], namespace["graph_module"]):
+            assert (quantized(x) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_the_file_map_names_every_module():
+    root = Path(__file__).parents[1]
+    for path in (root / "fxmse").glob("*.py"):
+        assert path.name == "__init__.py" or f"`fxmse/{path.name}`" in README
+    for path in (root / "passes").glob("*_*.py"):
+        assert path.name.startswith("__") or path.stem in README or path.stem == "quantizable_ops"
