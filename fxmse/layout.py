@@ -23,7 +23,8 @@ _STRATEGIES = {
 # Trailing dimensions of a per-tensor value are merged until rows are so long that their reduction fills the vector
 # units; with the first dimension only where rows would be very short.
 _LONG_ROW, _SHORT_ROW = 256, 32
-_MAX_COPY = 1 << 20  # elements
+# Elements that are copied at a time where no view will do.
+_MAX_COPY = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class Layout:
         assert self.block_structure is not None
         height, width = self.block_structure
         columns = math.ceil(value.shape[1] / width)
-        for rows in torch.split(value, height * max(1, max_groups // columns)):
+        max_rows = min(max_groups // columns, _MAX_COPY // (height * value.shape[1]))
+        for rows in torch.split(value, height * max(1, max_rows)):
             # Zeros fill the last blocks up: they lie inside every range and are quantized without error.
             padded = torch.nn.functional.pad(rows, (0, columns * width - value.shape[1], 0, -len(rows) % height))
             blocks = padded.unflatten(1, (columns, width)).unflatten(0, (-1, height)).transpose(1, 2)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fxmse.layout import Layout
 from fxmse.numerics import Format, calculate_global_scale, calculate_scale_and_zero_point
@@ -149,7 +150,7 @@ def search(
         optimize_global_scale,
     )
     with torch.no_grad():
-        factors_C = _factors_on(options, value.device)
+        factors_C = _factors_on(options, value)
         tiles = layout.tiles(value.detach(), _MAX_TABLE // len(options.factors))
         if problem.is_one_group:
             best = _run(_solve, problem, next(tiles), factors_C, global_scale)
@@ -237,10 +238,12 @@ def _sum_errors_of(problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero
     else:
         zero_point_QC1 = _keep(zero_point_QC)[:, :, None]
         rounded_OQCG = grid.round((values_OQCG + zero_point_QC1).clamp(grid.qmin, grid.qmax)) - zero_point_QC1
-    errors_OQC = problem.power(rounded_OQCG - values_OQCG).sum(-1)
-    # One group: a row's errors are summed while it is in cache, the rows' in float64. Otherwise a table of
-    # [O, Q, C] could be larger than the data.
-    return errors_OQC.sum(0, dtype=torch.float64 if problem.is_one_group else torch.float32)
+    errors_OQCG = problem.power(rounded_OQCG - values_OQCG)
+    if problem.is_one_group:
+        # A row's errors are summed while it is in cache, the rows' in float64.
+        return errors_OQCG.sum(-1).sum(0, dtype=torch.float64)
+    # In one reduction: a table [O, Q, C] of an activation's small groups would be larger than the data.
+    return errors_OQCG.sum((0, -1))
 
 
 def _keep(table_QC: Tensor) -> Tensor:
@@ -291,7 +294,8 @@ _Stage = Callable[[_Problem, Tensor, Tensor, Tensor | None], Any]
 
 def _run(stage: _Stage, problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> Any:
     """Runs ``_solve`` or ``_score``, compiled where that pays and can be done."""
-    if values_OQG.numel() < _MIN_COMPILED or torch.compiler.is_compiling() or not _Compiler.is_usable:
+    is_small = values_OQG.numel() < _MIN_COMPILED
+    if is_small or _is_traced(values_OQG) or not _Compiler.is_usable:
         return stage(problem, values_OQG, factors_C, global_scale)
     # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
     # would find it out. Weights are one observation, and per-tensor values one group: there O and Q stay 1.
@@ -351,10 +355,15 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _factors_on(options: SearchOptions, device: torch.device) -> Tensor:
-    # Dynamo traces through a cache, and says so.
-    make = _make_tensor if torch.compiler.is_compiling() else _make_tensor_once
-    return make(options.factors, device)
+def _is_traced(value: Tensor) -> bool:
+    """Whether somebody else's graph is being made, or ``value`` has no data that a kernel could read."""
+    return torch.compiler.is_compiling() or isinstance(value, FakeTensor)
+
+
+def _factors_on(options: SearchOptions, value: Tensor) -> Tensor:
+    # One copy to the device; a traced tensor must not outlive its trace.
+    make = _make_tensor if _is_traced(value) else _make_tensor_once
+    return make(options.factors, value.device)
 
 
 def _make_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:

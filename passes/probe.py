@@ -51,7 +51,8 @@ class Probe(nn.Module):
     def _is_known(self, weight: Tensor) -> bool:
         if torch.compiler.is_compiling():
             return self.observer.has_statistics
-        version = (weight.data_ptr(), weight._version)
+        # Inference tensors have no version: those are known by their place alone.
+        version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         is_known = self.observer.has_statistics and version == self._version_seen
         self._version_seen = version
         return is_known

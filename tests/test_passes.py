@@ -78,14 +78,14 @@ class Unusual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.padded = nn.Conv1d(2, 2, 3, padding=1, padding_mode="reflect")
+        self.padded = nn.Conv1d(8, 8, 3, padding=1, padding_mode="reflect")
         self.renormed = nn.Embedding(4, 8, max_norm=1.0)
         self.hooked = nn.Linear(8, 8)
         self.hooked.register_forward_hook(lambda module, args, output: output * 2)
         self.subclass = type("Doubled", (nn.Linear,), {"forward": lambda self, x: nn.Linear.forward(self, x) * 2})(8, 8)
 
     def forward(self, x):
-        return self.subclass(self.hooked(self.renormed(x))).transpose(1, 2)
+        return self.padded(self.subclass(self.hooked(self.renormed(x))).transpose(1, 2))
 
 
 def test_functionalize_leaves_unusual_modules_alone():
