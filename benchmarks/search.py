@@ -26,8 +26,22 @@ SCHEMES = {
     "int4 g128 asymmetric": {"num_bits": 4, "strategy": "group", "group_size": 128, "symmetric": False},
     "fp8 channel": {"num_bits": 8, "type": "float", "strategy": "channel"},
     "fp8 block 128": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
-    "mxfp4": {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
-    "nvfp4": {"type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": FP8},
+    "mxfp4": {
+        "num_bits": 4,
+        "type": "float",
+        "zp_dtype": torch.uint8,
+        "strategy": "group",
+        "group_size": 32,
+        "scale_dtype": torch.uint8,
+    },
+    "nvfp4": {
+        "num_bits": 4,
+        "type": "float",
+        "zp_dtype": FP8,
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "scale_dtype": FP8,
+    },
 }
 
 
@@ -67,7 +81,7 @@ def main() -> None:
         weight = torch.randn(options.size, options.size).to(dtype)
         for norm in (2.4, 2.0):
             for name, kwargs in SCHEMES.items():
-                args = QuantizationArgs(**{"num_bits": 4, "zp_dtype": FP8, **kwargs})
+                args = QuantizationArgs(**kwargs)
                 ours, reference, first, same = compare(weight, args, norm, options.runs)
                 rows.append((str(dtype)[6:], norm, name, ours, reference, reference / ours, first, same))
     headers = ("dtype", "norm", "scheme", "fxmse ms", "llm-compressor ms", "ratio", "first s", "same range")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxmse.numerics import Format
 
-__all__ = ["Layout"]
+__all__ = ["MAX_ELEMENTS", "Layout"]
 
 _STRATEGIES = {
     "weight": ("tensor", "channel", "group", "tensor_group", "block"),
@@ -23,8 +23,8 @@ _STRATEGIES = {
 # Trailing dimensions of a per-tensor value are merged until rows are so long that their reduction fills the vector
 # units; with the first dimension only where rows would be very short.
 _LONG_ROW, _SHORT_ROW = 256, 32
-# Elements that are copied at a time where no view will do.
-_MAX_COPY = 1 << 20
+MAX_ELEMENTS = 1 << 20
+"""Elements that may be copied at a time, where no view will do."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Layout:
         return (*shape[:-1], groups) if self.base_name == "weight" else (groups,)
 
     def tiles(self, value: Tensor, max_groups: int) -> Iterator[Tensor]:
-        """Cuts ``value`` into tiles [O, Q, G], at most about ``max_groups`` groups each.
+        """Cuts ``value`` into tiles [O, Q, G] of at most about ``max_groups`` groups and 2 ** 20 elements each.
 
         Tiles are views wherever the strategy allows; blocks are copied, a tile at a time. Only weights are cut:
         each of an activation's groups is spread over all of its observations.
@@ -105,7 +105,7 @@ class Layout:
             yield from self._block_tiles(value, max_groups)
         elif self.base_name == "weight":
             groups = value.reshape(-1, self.group_size or value.shape[-1])
-            for part in groups.split(max(1, max_groups)):
+            for part in groups.split(max(1, min(max_groups, MAX_ELEMENTS // groups.shape[1]))):
                 yield part.unsqueeze(0)
         else:
             assert self.group_size is not None
@@ -119,7 +119,7 @@ class Layout:
         assert self.block_structure is not None
         height, width = self.block_structure
         columns = math.ceil(value.shape[1] / width)
-        max_rows = min(max_groups // columns, _MAX_COPY // (height * value.shape[1]))
+        max_rows = min(max_groups // columns, MAX_ELEMENTS // (height * value.shape[1]))
         for rows in torch.split(value, height * max(1, max_rows)):
             # Zeros fill the last blocks up: they lie inside every range and are quantized without error.
             padded = torch.nn.functional.pad(rows, (0, columns * width - value.shape[1], 0, -len(rows) % height))
@@ -139,4 +139,4 @@ def _as_rows(value: Tensor) -> Tensor:
         length = length * value.shape[dim]
     rows = value.reshape(-1, 1, length)
     # A small copy (of a batch's first tokens, say) spares a second compiled graph for its strides.
-    return rows.contiguous() if rows.numel() <= _MAX_COPY else rows
+    return rows.contiguous() if rows.numel() <= MAX_ELEMENTS else rows

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from fxmse.layout import Layout
+from fxmse.layout import MAX_ELEMENTS, Layout
 from fxmse.numerics import Format, calculate_global_scale, calculate_scale_and_zero_point
 from fxmse.power import AbsolutePower
 
@@ -96,6 +96,7 @@ class _Problem:
     """All that a compiled search depends on but tensors: there is one graph for each of these."""
 
     format: Format
+    dtype: torch.dtype  # of the value, and so of its scales
     power: AbsolutePower
     patience: int
     is_one_group: bool
@@ -144,6 +145,7 @@ def search(
         global_scale = None
     problem = _Problem(
         format,
+        value.dtype,
         options.power,
         int(options.patience),
         layout.strategy == "tensor",
@@ -197,7 +199,7 @@ def _score(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scal
     if problem.optimize_global_scale:
         global_scale = calculate_global_scale(min_QC, max_QC)
     scale_QC, zero_point_QC = calculate_scale_and_zero_point(
-        min_QC, max_QC, problem.format, dtype=values_OQG.dtype, global_scale=global_scale
+        min_QC, max_QC, problem.format, dtype=problem.dtype, global_scale=global_scale
     )
     if global_scale is not None:
         scale_QC = scale_QC / global_scale
@@ -295,6 +297,9 @@ _Stage = Callable[[_Problem, Tensor, Tensor, Tensor | None], Any]
 def _run(stage: _Stage, problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> Any:
     """Runs ``_solve`` or ``_score``, compiled where that pays and can be done."""
     is_small = values_OQG.numel() < _MIN_COMPILED
+    if values_OQG.numel() <= MAX_ELEMENTS:
+        # Inductor does not vectorise bit casts next to half precision; the copy is small and pays five times over.
+        values_OQG = values_OQG.float()
     if is_small or _is_traced(values_OQG) or not _Compiler.is_usable:
         return stage(problem, values_OQG, factors_C, global_scale)
     # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
