@@ -21,6 +21,27 @@ def _fake_quantize(
     group_size: int | None = None,
     block_structure: Sequence[int] | None = None,
 ) -> Tensor:
+    """(round(clamp(x / scale + zero_point)) - zero_point) * scale, equal to compressed-tensors' bit for bit.
+
+    torch.export keeps it as one node; torch.compile, AOTInductor and ``ExportedProgram.run_decompositions`` see the
+    arithmetic instead and fuse it into its neighbours. The gradient is straight-through: that of x is the output's.
+
+    Args:
+        x: float; a weight (out, in), an activation (..., channels), or any shape that ``scale`` broadcasts to.
+        scale: float, shape qparam_shape of the strategy; divided by ``global_scale`` where there is one.
+        zero_point: the same shape, or None for 0.
+        global_scale: float32, one element, or None.
+        num_bits: 2 to 8.
+        type: "int" or "float" (8 bits: e4m3, 4 bits: e2m1).
+        strategy: a ``QuantizationStrategy`` value.
+        group_size: for group and tensor_group; divides the last dimension.
+        block_structure: (rows, columns), for block; x has 2 dimensions, the last blocks may be cut off.
+
+    Returns:
+        x's shape; x's dtype for group and tensor_group, otherwise the scale's (as compressed-tensors has it).
+
+    Source: compressed-tensors ``quantization.lifecycle.forward.fake_quantize``.
+    """
     grid = Grid(num_bits, type)
     if strategy == "block":
         assert block_structure is not None
@@ -56,42 +77,6 @@ def _quantize_dequantize(
     return quantized * scale
 
 
-@torch.library.custom_op("fxmse::fake_quantize", mutates_args=())
-def fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    global_scale: Tensor | None,
-    num_bits: int,
-    type: str,
-    strategy: str,
-    group_size: int | None = None,
-    block_structure: Sequence[int] | None = None,
-) -> Tensor:
-    """(round(clamp(x / scale + zero_point)) - zero_point) * scale, equal to compressed-tensors' bit for bit.
-
-    torch.export keeps it as one node; torch.compile, AOTInductor and ``ExportedProgram.run_decompositions`` see the
-    arithmetic instead and fuse it into its neighbours. The gradient is straight-through: that of x is the output's.
-
-    Args:
-        x: float; a weight (out, in), an activation (..., channels), or any shape that ``scale`` broadcasts to.
-        scale: float, shape qparam_shape of the strategy; divided by ``global_scale`` where there is one.
-        zero_point: the same shape, or None for 0.
-        global_scale: float32, one element, or None.
-        num_bits: 2 to 8.
-        type: "int" or "float" (8 bits: e4m3, 4 bits: e2m1).
-        strategy: a ``QuantizationStrategy`` value.
-        group_size: for group and tensor_group; divides the last dimension.
-        block_structure: (rows, columns), for block; x has 2 dimensions, the last blocks may be cut off.
-
-    Returns:
-        x's shape; x's dtype for group and tensor_group, otherwise the scale's (as compressed-tensors has it).
-
-    Source: compressed-tensors ``quantization.lifecycle.forward.fake_quantize``.
-    """
-    return _fake_quantize(x, scale, zero_point, global_scale, num_bits, type, strategy, group_size, block_structure)
-
-
 def _pass_straight_through(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad.to(ctx.x_dtype), *[None] * 8)  # type: ignore[attr-defined]
 
@@ -99,6 +84,9 @@ def _pass_straight_through(ctx: torch.autograd.function.FunctionCtx, grad: Tenso
 def _remember_dtype(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.x_dtype = inputs[0].dtype  # type: ignore[attr-defined]
 
+
+fake_quantize = torch.library.custom_op("fxmse::fake_quantize", _fake_quantize, mutates_args=())
+"""The op, as ``_fake_quantize`` describes it."""
 
 FAKE_QUANTIZE = torch.ops.fxmse.fake_quantize.default
 """The overload that graphs call."""
