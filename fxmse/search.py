@@ -38,6 +38,7 @@ _MIN_COMPILED = 1 << 12
 # Uncompiled, so many errors are held at a time.
 _MAX_EAGER = 1 << 20
 _WORD = 62  # steps per word of a bit set
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class Range(NamedTuple):
@@ -154,8 +155,10 @@ def search(
     with torch.no_grad():
         factors_C = _factors_on(options, value)
         tiles = layout.tiles(value.detach(), _MAX_TABLE // len(options.factors))
-        if problem.is_one_group:
+        if problem.is_one_group and value.dtype not in _HALF:
             best = _run(_solve, problem, next(tiles), factors_C, global_scale)
+        elif problem.is_one_group or layout.base_name != "weight":
+            best = _solve_in_parts(problem, next(tiles), factors_C, global_scale)
         else:
             best = _choose(problem, [_run(_score, problem, tile, factors_C, global_scale) for tile in tiles], factors_C)
         return Range(best.min.reshape(shape), best.max.reshape(shape))
@@ -181,6 +184,37 @@ def _solve(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scal
     return _choose(problem, [_score(problem, values_OQG, factors_C, global_scale)], factors_C)
 
 
+def _solve_in_parts(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> Range:
+    """The same for groups that are spread over many observations: errors of some at a time are added up."""
+    low_Q, high_Q = _measure(values_OQG)
+    num_parts = 1
+    if not _is_traced(values_OQG):
+        table_size = values_OQG.shape[0] * values_OQG.shape[1] * len(factors_C)
+        num_parts = max(-(-values_OQG.numel() // MAX_ELEMENTS), -(-table_size // _MAX_TABLE))
+    errors_QC = torch.stack(
+        [
+            _run(_sum_errors, problem, part_OQG, factors_C, global_scale, low_Q, high_Q)
+            for part_OQG in values_OQG.tensor_split(num_parts)
+        ]
+    ).sum(0)
+    return _choose(problem, [_compare(low_Q, high_Q, errors_QC)], factors_C)
+
+
+def _score(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> _Scores:
+    """Evaluates every candidate of every group of a tile that holds all of its groups."""
+    low_Q, high_Q = _measure(values_OQG)
+    return _compare(low_Q, high_Q, _sum_errors(problem, values_OQG, factors_C, global_scale, low_Q, high_Q))
+
+
+def _measure(values_OQG: Tensor) -> Range:
+    return Range(values_OQG.amin((0, 2)).float(), values_OQG.amax((0, 2)).float())
+
+
+def _compare(low_Q: Tensor, high_Q: Tensor, errors_QC: Tensor) -> _Scores:
+    improved_QC = _find_improvements(errors_QC)
+    return _Scores(low_Q, high_Q, _pack_bits(improved_QC), improved_QC.any(0))
+
+
 def _choose(problem: _Problem, scores: list[_Scores], factors_C: Tensor) -> Range:
     """The range [Q] of each group's best candidate; patience looks at the groups of all tiles."""
     any_improved_C = torch.stack([score.any_improved_C for score in scores]).any(0)
@@ -192,9 +226,15 @@ def _choose(problem: _Problem, scores: list[_Scores], factors_C: Tensor) -> Rang
     )
 
 
-def _score(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> _Scores:
-    """Evaluates every candidate of every group."""
-    low_Q, high_Q = values_OQG.amin((0, 2)).float(), values_OQG.amax((0, 2)).float()
+def _sum_errors(
+    problem: _Problem,
+    values_OQG: Tensor,
+    factors_C: Tensor,
+    global_scale: Tensor | None,
+    low_Q: Tensor,
+    high_Q: Tensor,
+) -> Tensor:
+    """error[c] of every group, shape [Q, C], float64."""
     min_QC, max_QC = low_Q[:, None] * factors_C, high_Q[:, None] * factors_C
     if problem.optimize_global_scale:
         global_scale = calculate_global_scale(min_QC, max_QC)
@@ -203,14 +243,6 @@ def _score(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scal
     )
     if global_scale is not None:
         scale_QC = scale_QC / global_scale
-    errors_QC = _sum_errors(problem, values_OQG, scale_QC, zero_point_QC)
-    errors_QC = errors_QC * torch.pow(scale_QC / scale_QC[:, :1], problem.power.exponent)
-    improved_QC = _find_improvements(errors_QC)
-    return _Scores(low_Q, high_Q, _pack_bits(improved_QC), improved_QC.any(0))
-
-
-def _sum_errors(problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero_point_QC: Tensor) -> Tensor:
-    """sum(|round_to_grid(x / scale) - x / scale| ** norm) over O and G, shape [Q, C]."""
     # Compiled, the candidates are a loop around a row that stays in cache. Uncompiled they would be copies of the
     # data: take as many at a time as fit.
     num_steps = scale_QC.shape[1]
@@ -218,13 +250,15 @@ def _sum_errors(problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero_po
     if not torch.compiler.is_compiling():
         at_a_time = max(1, min(num_steps, _MAX_EAGER // values_OQG.numel()))
     parts = [
-        _sum_errors_of(problem, values_OQG, scale, zero_point)
+        _sum_powers(problem, values_OQG, scale, zero_point)
         for scale, zero_point in zip(scale_QC.split(at_a_time, 1), zero_point_QC.split(at_a_time, 1), strict=True)
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    sums_QC = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return sums_QC * torch.pow(scale_QC / scale_QC[:, :1], problem.power.exponent)
 
 
-def _sum_errors_of(problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero_point_QC: Tensor) -> Tensor:
+def _sum_powers(problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero_point_QC: Tensor) -> Tensor:
+    """sum(|round_to_grid(x / scale) - x / scale| ** norm) over O and G, shape [Q, C], float64."""
     grid = problem.format.grid
     # fake_quantize's error is continuous in x / scale, so that a reciprocal off by an ulp changes it by an ulp.
     reciprocal_QC1 = _keep(scale_QC.reciprocal())[:, :, None]
@@ -240,12 +274,8 @@ def _sum_errors_of(problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero
     else:
         zero_point_QC1 = _keep(zero_point_QC)[:, :, None]
         rounded_OQCG = grid.round((values_OQCG + zero_point_QC1).clamp(grid.qmin, grid.qmax)) - zero_point_QC1
-    errors_OQCG = problem.power(rounded_OQCG - values_OQCG)
-    if problem.is_one_group:
-        # A row's errors are summed while it is in cache, the rows' in float64.
-        return errors_OQCG.sum(-1).sum(0, dtype=torch.float64)
-    # In one reduction: a table [O, Q, C] of an activation's small groups would be larger than the data.
-    return errors_OQCG.sum((0, -1))
+    # A row's errors are summed while it is in cache, the rows' in float64.
+    return problem.power(rounded_OQCG - values_OQCG).sum(-1).sum(0, dtype=torch.float64)
 
 
 def _keep(table_QC: Tensor) -> Tensor:
@@ -291,24 +321,22 @@ def _find_best_step(improved_QW: Tensor, any_improved_C: Tensor, patience: int) 
     return torch.where(highest_QW >= 0, highest_QW + offset_W, 0).amax(1)
 
 
-_Stage = Callable[[_Problem, Tensor, Tensor, Tensor | None], Any]
-
-
-def _run(stage: _Stage, problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> Any:
-    """Runs ``_solve`` or ``_score``, compiled where that pays and can be done."""
-    is_small = values_OQG.numel() < _MIN_COMPILED
+def _run(stage: Callable[..., Any], problem: _Problem, values_OQG: Tensor, *tensors: Tensor | None) -> Any:
+    """Runs ``_solve``, ``_score`` or ``_sum_errors``, compiled where that pays and can be done."""
+    if _is_traced(values_OQG):
+        return stage(problem, values_OQG, *tensors)
     if values_OQG.numel() <= MAX_ELEMENTS:
         # Inductor does not vectorise bit casts next to half precision; the copy is small and pays five times over.
         values_OQG = values_OQG.float()
-    if is_small or _is_traced(values_OQG) or not _Compiler.is_usable:
-        return stage(problem, values_OQG, factors_C, global_scale)
+    if values_OQG.numel() < _MIN_COMPILED or not _Compiler.is_usable:
+        return stage(problem, values_OQG, *tensors)
     # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
     # would find it out. Weights are one observation, and per-tensor values one group: there O and Q stay 1.
     for dim in range(3):
         if values_OQG.shape[dim] != 1:
             torch._dynamo.maybe_mark_dynamic(values_OQG, dim)
     try:
-        return _compile(stage, problem)(values_OQG, factors_C, global_scale)
+        return _compile(stage, problem)(values_OQG, *tensors)
     except Exception as error:
         if not _is_missing_compiler(error):
             raise
@@ -319,7 +347,7 @@ def _run(stage: _Stage, problem: _Problem, values_OQG: Tensor, factors_C: Tensor
             RuntimeWarning,
             stacklevel=2,
         )
-        return stage(problem, values_OQG, factors_C, global_scale)
+        return stage(problem, values_OQG, *tensors)
 
 
 _serial = itertools.count()
@@ -332,11 +360,11 @@ class _Compiler:
 
 
 @functools.cache
-def _compile(stage: _Stage, problem: _Problem) -> Callable[[Tensor, Tensor, Tensor | None], Any]:
+def _compile(stage: Callable[..., Any], problem: _Problem) -> Callable[..., Any]:
     """One graph per problem: a code object of its own keeps Dynamo's limit of recompilations away from it."""
 
-    def run(values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> Any:
-        return stage(problem, values_OQG, factors_C, global_scale)
+    def run(values_OQG: Tensor, *tensors: Tensor | None) -> Any:
+        return stage(problem, values_OQG, *tensors)
 
     grid = problem.format.grid
     code = run.__code__.replace(co_name=f"search_{grid.type}{grid.num_bits}_{next(_serial)}")

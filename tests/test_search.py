@@ -130,10 +130,10 @@ def test_one_graph_per_scheme_over_shapes_batches_and_ranks():
         search(torch.randn(rows, columns), Format.of(weight_args), Layout.of(weight_args, "weight"), SearchOptions())
     assert counters["stats"]["unique_graphs"] == 1
     args = make_args(8)
-    layout = Layout.of(args, "input")
-    for shape in ((8, 16, 64), (2, 31, 96), (128, 384), (3, 5, 7, 256), (64, 65, 2)):
-        search(torch.randn(shape), Format.of(args), layout, SearchOptions())
-    assert counters["stats"]["unique_graphs"] == 2
+    for num_graphs, dtype in ((2, torch.float32), (3, torch.bfloat16)):
+        for shape in ((8, 16, 64), (2, 31, 96), (128, 384), (3, 5, 7, 256), (64, 65, 2), (3, 700, 512)):
+            search(torch.randn(shape).to(dtype), Format.of(args), Layout.of(args, "input"), SearchOptions())
+        assert counters["stats"]["unique_graphs"] == num_graphs
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]
 
@@ -277,6 +277,19 @@ def test_a_value_that_is_cut_into_tiles_gives_the_same_ranges(monkeypatch):
     whole = search(weight, Format.of(args), Layout.of(args, "weight"), options)
     monkeypatch.setattr(search_module, "_MAX_TABLE", 400)  # 20 groups a tile
     cut = search(weight, Format.of(args), Layout.of(args, "weight"), options)
+    assert torch.equal(whole.min, cut.min)
+    assert torch.equal(whole.max, cut.max)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("args", [make_args(4, symmetric=False), make_args(4, strategy="group", group_size=16)])
+def test_errors_of_many_observations_add_up(args, dtype, monkeypatch):
+    value = make_weight("heavy", rows=60, columns=64).reshape(4, 15, 64).to(dtype)
+    layout, format_, options = Layout.of(args, "input"), Format.of(args), SearchOptions(maxshrink=0.6)
+    whole = search(value, format_, layout, options)
+    assert (whole.max < measure_range(value, layout).max).any()
+    monkeypatch.setattr(search_module, "MAX_ELEMENTS", 1000)
+    cut = search(value, format_, layout, options)
     assert torch.equal(whole.min, cut.min)
     assert torch.equal(whole.max, cut.max)
 
