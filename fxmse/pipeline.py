@@ -1,7 +1,8 @@
 """The whole path: prepare, calibrate, convert, and quantize for the three in a row."""
 
+import functools
 import itertools
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import torch
@@ -66,14 +67,15 @@ def calibrate(observed: GraphModule, batches: Iterable[Any] = (), *, progress: b
             calibration can go on with the next.
     """
     probes = _get_probes(observed)
-    _observe_or_roll_back(probes, "the weights", lambda: observe_weights(observed))
+    _observe_or_roll_back([p for p in probes if p.is_weight], "the weights", lambda: observe_weights(observed))
+    activations = [probe for probe in probes if not probe.is_weight]
     count = 0
     for count, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress), 1):
         args, kwargs = split_inputs(batch)
         if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves((args, kwargs))):
             raise ValueError(f"batch {count} is empty: expected tensors of at least one element")
-        _observe_or_roll_back(probes, f"batch {count}", lambda args=args, kwargs=kwargs: observed(*args, **kwargs))
-    unseen = [probe.name for probe in probes if not probe.observer.has_statistics]
+        _observe_or_roll_back(activations, f"batch {count}", functools.partial(observed, *args, **kwargs))
+    unseen = [probe.name for probe in activations if not probe.observer.has_statistics]
     if unseen:
         raise ValueError(
             f"{count} batches of calibration data showed nothing to {'; '.join(unseen)}: pass batches that reach them"
@@ -126,8 +128,8 @@ def _get_probes(observed: GraphModule) -> list[Probe]:
     raise ValueError("the graph has no observers: make it with fxmse.prepare")
 
 
-def _observe_or_roll_back(probes: list[Probe], what: str, run: Any) -> None:
-    """Calls ``run``; whatever goes wrong, all observers are as they were before."""
+def _observe_or_roll_back(probes: list[Probe], what: str, run: Callable[[], object]) -> None:
+    """Calls ``run``; whatever goes wrong, the observers of ``probes`` are as they were before."""
     before = [probe.observer.state for probe in probes]
     try:
         run()
@@ -138,7 +140,7 @@ def _observe_or_roll_back(probes: list[Probe], what: str, run: Any) -> None:
         raise
 
 
-def _check_finite(probes: list[Probe], before: list[State], what: str, run: Any) -> None:
+def _check_finite(probes: list[Probe], before: list[State], what: str, run: Callable[[], object]) -> None:
     """Raises ValueError naming the sites that saw NaN or Inf, and how many; one synchronisation where all is well."""
     tensors = [tensor.flatten() for probe in probes for tensor in probe.observer.state.tensors]
     if not tensors or torch.cat(tensors).isfinite().all():

@@ -103,7 +103,7 @@ def _share_observers(graph_module: GraphModule, reads: list[_Read]) -> list[_Obs
     by_site: dict[tuple[str, str], _Observation] = {}
     for read in reads:
         _check_fits(graph_module, read)
-        arguments = read.site.args.model_dump_json()
+        arguments = repr(read.site.args)  # observer_kwargs may hold tensors, which JSON cannot
         value_key = (_identify_value(graph_module, read), arguments)
         site_key = (read.site.name, arguments)
         if value_key not in by_value:
@@ -166,7 +166,8 @@ def _identify_value(graph_module: GraphModule, read: _Read) -> object:
     if read.value.op != "get_attr":
         return read.value
     weight = get_attribute(graph_module, str(read.value.target))
-    return (weight.data_ptr(), weight.device, weight.shape, weight.stride())
+    # Tied weights may be several Parameters of one storage; tensors without storage (meta) are told apart by identity.
+    return (weight.data_ptr() or id(weight), weight.device, weight.shape, weight.stride())
 
 
 def _check_fits(graph_module: GraphModule, read: _Read) -> None:

@@ -164,6 +164,19 @@ def test_half_precision_models_stay_in_their_dtype(dtype):
     assert quantized.state_dict()["0.weight_scale"].dtype == dtype
 
 
+def test_a_config_may_bring_a_global_scale():
+    given = torch.tensor([50.0])
+    weights = NVFP4.model_copy(update={"observer_kwargs": {"global_scale": given}, "group_size": 8})
+    config = QuantizationConfig(config_groups={"a": QuantizationScheme(targets=["Linear"], weights=weights)})
+    quantized = fxmse.quantize(torch.fx.symbolic_trace(make_mlp()), config, progress=False)
+    assert torch.equal(quantized.state_dict()["0.weight_global_scale"], given)
+
+
+def test_weights_on_the_meta_device_are_told_apart():
+    observed = fxmse.prepare(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to("meta")), W8A8)
+    assert len([probe for _, probe in find_probes(observed) if probe.is_weight]) == 2
+
+
 def test_progress_is_shown_and_can_be_switched_off(capsys):
     fxmse.quantize(make_mlp(), W8A8, make_batches())
     assert re.search(r"calibrate: 100%.*3/3", capsys.readouterr().err)
