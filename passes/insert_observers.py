@@ -17,7 +17,7 @@ from fxmse.ops import FAKE_QUANTIZE
 from fxmse.passes.base import GraphPass, get_attribute, make_container
 from fxmse.passes.functionalize_modules import FunctionalizeModules
 from fxmse.passes.probe import Probe, find_probe
-from fxmse.passes.quantizable_ops import Argument, QuantizableOp, find_module, find_op
+from fxmse.passes.quantizable_ops import Argument, QuantizableOp, find_module, find_op, find_opaque_modules
 
 __all__ = ["InsertObservers"]
 
@@ -85,9 +85,10 @@ def _plan(graph_module: GraphModule, config: QuantizationConfig) -> list[_Observ
     """What is to be inserted, in the graph's order."""
     ops = [(node, op) for node in graph_module.graph.nodes if (op := find_op(node))]
     paths = {node: find_module(graph_module, node, op) for node, op in ops}
-    schemes = match_schemes(config, dict(paths.values()))
+    opaque = find_opaque_modules(graph_module)
+    schemes = match_schemes(config, {**dict(paths.values()), **opaque})
     reads: list[_Read] = []
-    skipped: list[str] = []
+    skipped = [f"{path} (its hooks, options or own forward hide its weight)" for path in opaque if path in schemes]
     for node, op in ops:
         path, _ = paths[node]
         if path in schemes:

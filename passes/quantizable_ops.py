@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-__all__ = ["Argument", "QuantizableOp", "find_module", "find_op"]
+__all__ = ["Argument", "QuantizableOp", "find_module", "find_op", "find_opaque_modules"]
 
 aten = torch.ops.aten
 
@@ -79,6 +79,14 @@ _OPS: dict[Callable[..., Any], QuantizableOp] = {
 def find_op(node: Node) -> QuantizableOp | None:
     """What can be quantized of ``node``; None for every other node."""
     return _OPS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+
+
+def find_opaque_modules(graph_module: GraphModule) -> dict[str, nn.Module]:
+    """Modules that would be quantizable ops but are called as a whole, by path: their weights are not in the graph."""
+    classes = tuple(getattr(nn, op.class_name) for op in _OPS.values())
+    calls = graph_module.graph.find_nodes(op="call_module")
+    modules = {str(node.target): graph_module.get_submodule(str(node.target)) for node in calls}
+    return {path: module for path, module in modules.items() if isinstance(module, classes)}
 
 
 def find_module(graph_module: GraphModule, node: Node, op: QuantizableOp) -> tuple[str, nn.Module]:

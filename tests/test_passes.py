@@ -95,6 +95,15 @@ def test_functionalize_leaves_unusual_modules_alone():
     assert torch.equal(graph_module(inputs), model(inputs))
 
 
+def test_unusual_modules_that_are_targeted_are_said_to_stay_float():
+    graph_module = torch.fx.symbolic_trace(Unusual())
+    said = r"left in float: renormed \(its hooks, options or own forward hide its weight\); hooked \(.*; padded \("
+    with pytest.warns(UserWarning, match=said):
+        InsertObservers(make_config("Linear", "Conv1d", "Embedding"))(graph_module)
+    # The subclass is traced through: its weight is in the graph.
+    assert [site.name for _, probe in find_probes(graph_module) for site in probe.sites] == ["subclass.weight"]
+
+
 INSERTED = {
     "symbolic_trace": Expect("""\
 tokens = input
