@@ -44,8 +44,7 @@ class FunctionalizeModules(GraphPass):
         for node, module in calls:
             _replace(graph_module.graph, node, module)
         for path, module in {str(node.target): module for node, module in calls}.items():
-            if not any(n.target == path for n in graph_module.graph.find_nodes(op="call_module")):
-                graph_module.set_submodule(path, _copy_parameters(module))
+            graph_module.set_submodule(path, _copy_parameters(module))
         return bool(calls)
 
 
