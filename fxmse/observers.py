@@ -312,6 +312,11 @@ class MSEObserver(Observer):
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         super().__init__(base_name, args, **observer_kwargs)
+        if self.options.optimize_global_scale and self.layout.strategy != "tensor_group":
+            raise ValueError(
+                f"optimize_global_scale=True with strategy={self.layout.strategy}: only tensor_group has a global "
+                "scale to search; leave it out, or use strategy=tensor_group"
+            )
         given = self.options.global_scale
         is_given = given is not None and not self.options.optimize_global_scale
         global_scale = torch.as_tensor(given, dtype=torch.float32).reshape(1) if is_given else None

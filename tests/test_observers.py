@@ -98,7 +98,7 @@ def test_activations_have_the_references_qparams(name, args_name, kind, num_batc
     for base_name in ("input", "output"):
         ours = observe(Observer, name, base_name, args, batches)
         reference = observe(ReferenceObserver, name, base_name, args, batches)
-        assert_same_qparams(ours, reference, as_groups(batches[-1], base_name, args), args)
+        assert_same_qparams(ours, reference)
 
 
 @pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
@@ -108,7 +108,7 @@ def test_attention_states_have_the_references_qparams(name, strategy):
     batches = [torch.randn(2, 4, 6, 16) * (1 + i) for i in range(3)]
     ours = observe(Observer, name, "q", args, batches)
     reference = observe(ReferenceObserver, name, "q", args, batches)
-    assert_same_qparams(ours, reference, as_groups(batches[-1], "q", args), args)
+    assert_same_qparams(ours, reference)
 
 
 @pytest.mark.parametrize("constant", [1.0, 0.5, 0.1])
@@ -293,6 +293,7 @@ def test_dead_and_constant_channels_keep_a_usable_scale(kind, symmetric):
         ("memoryless_mse", {"global_scale": -1.0}, "global_scale=-1.0: expected one finite number above 0"),
         ("memoryless_mse", {"global_scale": torch.ones(3)}, "global_scale=.*expected one finite number"),
         ("memoryless_mse", {"optimize_global_scale": 1}, "optimize_global_scale=1"),
+        ("mse", {"optimize_global_scale": True}, "optimize_global_scale=True with strategy=tensor: only tensor_group"),
         ("memoryless_minmax", {"norm": 2}, "no argument 'norm': it takes none"),
         ("msee", {}, "observer='msee': expected one of .*memoryless_mse"),
     ],
