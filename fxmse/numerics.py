@@ -10,7 +10,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from torch import Tensor
 
-__all__ = ["Format", "Grid", "calculate_global_scale", "calculate_scale_and_zero_point"]
+__all__ = ["Format", "Grid", "calculate_global_scale", "calculate_scale_and_zero_point", "round_scale"]
 
 # (explicit mantissa bits, smallest normal exponent, largest value) by number of bits.
 _FLOAT_FORMATS = {8: (3, -6, 448.0), 4: (1, 0, 6.0)}  # fp8 e4m3fn, fp4 e2m1

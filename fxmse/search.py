@@ -31,7 +31,7 @@ from fxmse.power import AbsolutePower
 
 __all__ = ["Range", "SearchOptions", "measure_range", "search", "search_global_range"]
 
-# Error tables are float32 [Q, C]: 4 MiB each, so that extra memory stays small whatever the value's size.
+# Entries of a table [Q, C]: 4 MiB in float32, 8 MiB for the errors' float64, whatever the value's size.
 _MAX_TABLE = 1 << 20
 # Below this many elements the uncompiled search takes a few ms, and a compiled one would not earn its compilation.
 _MIN_COMPILED = 1 << 12
@@ -173,10 +173,8 @@ def measure_range(value: Tensor, layout: Layout) -> Range:
     """The smallest and largest value of each group."""
     shape = layout.qparam_shape(value.shape)
     with torch.no_grad():
-        tiles = list(layout.tiles(value.detach(), _MAX_TABLE))
-        low_Q = torch.cat([tile.amin((0, 2)) for tile in tiles]).float()
-        high_Q = torch.cat([tile.amax((0, 2)) for tile in tiles]).float()
-    return Range(low_Q.reshape(shape), high_Q.reshape(shape))
+        parts = [_measure(tile) for tile in layout.tiles(value.detach(), _MAX_TABLE)]
+    return Range(torch.cat([p.min for p in parts]).reshape(shape), torch.cat([p.max for p in parts]).reshape(shape))
 
 
 def _solve(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> Range:
@@ -207,10 +205,12 @@ def _score(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scal
 
 
 def _measure(values_OQG: Tensor) -> Range:
+    """The range [Q] of each group of a tile."""
     return Range(values_OQG.amin((0, 2)).float(), values_OQG.amax((0, 2)).float())
 
 
 def _compare(low_Q: Tensor, high_Q: Tensor, errors_QC: Tensor) -> _Scores:
+    """What is kept of an error table."""
     improved_QC = _find_improvements(errors_QC)
     return _Scores(low_Q, high_Q, _pack_bits(improved_QC), improved_QC.any(0))
 

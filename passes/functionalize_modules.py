@@ -28,7 +28,7 @@ class FunctionalizeModules(GraphPass):
 
     1. Linear, Conv1d, Conv2d, Conv3d (zero padding) and Embedding (without max_norm, which would change the weight)
        become F.linear, F.conv*d and F.embedding of the same arguments.
-    2. Subclasses keep their call: their forward may do something else.
+    2. Subclasses and modules with hooks keep their call: something else than the layer's own forward may run.
     3. Parameters stay where they are in the state dict, but in an empty module of the graph's own, so that what
        later passes add there does not end up in the user's model.
     4. A node remembers the module's path and class in ``nn_module_stack``.

@@ -26,7 +26,7 @@ ORDER = (
     "fxmse.passes",
     "fxmse.capture",
     "fxmse.pipeline",
-    "fxmse.report",
+    "fxmse.reporting",
     "fxmse",
 )
 

