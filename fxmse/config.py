@@ -1,9 +1,14 @@
 """Configs to sites: which scheme each module gets, by compressed-tensors' own matching."""
 
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
+import yaml
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -12,14 +17,24 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from compressed_tensors.quantization.utils import calculate_range
 from compressed_tensors.utils.match import is_match, match_targets
 from torch import nn
 
 from fxmse.layout import Layout
+from fxmse.numerics import Format
 
-__all__ = ["Site", "make_site", "match_schemes", "resolve_config"]
+__all__ = ["Config", "Matches", "Site", "make_site", "match_schemes", "resolve_config"]
+
+Config: TypeAlias = QuantizationConfig | QuantizationScheme | Mapping[str, Any] | str | os.PathLike[str]
+"""What :func:`resolve_config` takes."""
 
 _DEFAULT_OBSERVERS = {"weight": "memoryless_mse"}  # and "mse" for every activation
+_FILES = (".json", ".yaml", ".yml")
+_DYNAMIC_STRATEGIES = ("tensor", "token", "group", "tensor_group")
+# What a checkpoint's quantization_config has beside a QuantizationConfig's fields.
+_OTHER_KEYS = ("version",)
+_UNAPPLIED_KEYS = ("sparsity_config", "transform_config")
 
 
 @dataclass(frozen=True)
@@ -28,9 +43,9 @@ class Site:
 
     Attributes:
         module: the module's dotted path; "" is the root.
-        prefix: "" where the module has one weight called ``weight``, otherwise that weight's name and "_".
-        role: "weight", "input" or "output".
-        args: the format, with ``observer`` filled in. Treated as frozen.
+        prefix: "" where the module has one value of that role, otherwise that weight's or op's name and "_".
+        role: "weight", "input", "output", "q", "k" or "v".
+        args: the format, with ``observer`` filled in where there is one. Treated as frozen.
     """
 
     module: str
@@ -43,75 +58,198 @@ class Site:
         """The dotted path that the site's attributes begin with: ``fc.weight``, ``fc.input``."""
         return f"{self.module}.{self.prefix}{self.role}".lstrip(".")
 
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether scales come from each value at run time, so that there is nothing to calibrate."""
+        return self.args.dynamic is True
+
 
 def make_site(module: str, prefix: str, role: str, args: QuantizationArgs) -> Site:
     """The site of a module's value, checked and with the default observer filled in.
 
     Raises:
-        ValueError: what cannot be calibrated: a strategy that makes no sense for the role, a dynamic format.
+        ValueError: what cannot be quantized: a strategy that makes no sense for the role, a format that
+            compressed-tensors knows no range of, an activation ordering.
     """
     args = args.model_copy(deep=True)
-    args.observer = args.observer or _DEFAULT_OBSERVERS.get(role, "mse")
     site = Site(module, prefix, role, args)
-    if args.dynamic:
-        raise ValueError(
-            f"{site.name}: dynamic={args.dynamic} formats are not calibrated and cannot be folded yet: "
-            "use a scheme whose activations are static, or one without activations"
-        )
     try:
-        Layout.of(args, role)
+        _check_args(args, role)
     except ValueError as error:
         raise ValueError(f"{site.name}: {error}") from None
+    if not site.is_dynamic:
+        args.observer = args.observer or _DEFAULT_OBSERVERS.get(role, "mse")
     return site
 
 
-def resolve_config(config: QuantizationConfig | QuantizationScheme | str) -> QuantizationConfig:
-    """A config from a config, a scheme, or a preset's name (which targets every Linear).
+def _check_args(args: QuantizationArgs, role: str) -> None:
+    if args.actorder is not None:
+        raise ValueError(
+            f"actorder={args.actorder} has no meaning here: it orders the columns that GPTQ works through. Leave it out"
+        )
+    if args.dynamic and role == "weight":
+        raise ValueError(f"dynamic={args.dynamic}: weights are static, expected dynamic=False")
+    if args.dynamic is True:
+        Format.of(args)
+        if args.strategy not in _DYNAMIC_STRATEGIES:
+            raise ValueError(
+                f"strategy={args.strategy} is not defined for dynamic=True: "
+                f"expected one of {', '.join(_DYNAMIC_STRATEGIES)}"
+            )
+    else:
+        Layout.of(args, role)
+    try:
+        low, high = calculate_range(args, "cpu")
+    except NotImplementedError as error:
+        raise ValueError(f"num_bits={args.num_bits}, type={args.type}: compressed-tensors says: {error}") from None
+    if not args.symmetric and not args.zp_dtype.is_floating_point:
+        held = torch.iinfo(args.zp_dtype)
+        if held.min > low or held.max < high:
+            raise ValueError(
+                f"zp_dtype={args.zp_dtype} cannot hold zero points of {low.item():g} to {high.item():g}: "
+                "use a wider signed dtype, or leave it out"
+            )
+
+
+def resolve_config(config: Config) -> QuantizationConfig:
+    """A config from any of its forms.
+
+    Args:
+        config: a config; a scheme; a preset's name (which targets every Linear); a mapping of a config's or a scheme's
+            fields, or one that has a config under "quantization_config", as a checkpoint's config.json does; or the
+            path of a JSON or YAML file of such a mapping.
 
     Raises:
-        ValueError: a preset that compressed-tensors does not have.
+        ValueError: a preset that compressed-tensors does not have, a key or value that it does not take, a file that
+            cannot be read as a mapping, a config that quantizes nothing.
         TypeError: anything else.
     """
-    if isinstance(config, QuantizationConfig):
-        return config
-    if isinstance(config, str):
+    if isinstance(config, str) and not config.endswith(_FILES):
         if not is_preset_scheme(config):
-            raise ValueError(f"config={config!r}: expected one of the presets {', '.join(PRESET_SCHEMES)}")
+            raise ValueError(
+                f"config={config!r}: expected one of the presets {', '.join(PRESET_SCHEMES)}, or the path of a file "
+                f"that ends in {', '.join(_FILES)}"
+            )
         config = preset_name_to_scheme(config, ["Linear"])
+    elif isinstance(config, str | os.PathLike):
+        config = _read(Path(config))
+    if isinstance(config, Mapping):
+        config = _parse(config)
     if isinstance(config, QuantizationScheme):
-        return QuantizationConfig(config_groups={"group_0": config})
-    raise TypeError(
-        f"config is a {type(config).__name__}: expected a QuantizationConfig, a QuantizationScheme or a preset's name"
-    )
+        config = QuantizationConfig(config_groups={"group_0": config})
+    if not isinstance(config, QuantizationConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}: expected a QuantizationConfig, a QuantizationScheme, a mapping, a "
+            "preset's name or the path of a file"
+        )
+    if not config.kv_cache_scheme and all(_is_empty(scheme) for scheme in config.config_groups.values()):
+        raise ValueError(
+            f"config_groups {list(config.config_groups)} quantize nothing: give weights, input_activations or "
+            "output_activations, or a kv_cache_scheme"
+        )
+    return config
 
 
-def match_schemes(config: QuantizationConfig, modules: Mapping[str, nn.Module]) -> dict[str, QuantizationScheme]:
+def _is_empty(scheme: QuantizationScheme) -> bool:
+    return not (scheme.weights or scheme.input_activations or scheme.output_activations)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())  # JSON is YAML, too
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"config={str(path)!r} cannot be read: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"config={str(path)!r}: expected a mapping of a config's fields, found {content!r}")
+    return content
+
+
+def _parse(fields: Mapping[str, Any]) -> QuantizationConfig | QuantizationScheme:
+    fields = fields.get("quantization_config", fields)
+    unapplied = [key for key in _UNAPPLIED_KEYS if fields.get(key)]
+    if unapplied:
+        raise ValueError(f"config has {', '.join(unapplied)}, which fxmse does not apply: expected quantization alone")
+    fields = {key: value for key, value in fields.items() if key not in (*_OTHER_KEYS, *_UNAPPLIED_KEYS)}
+    parsed = QuantizationConfig if "config_groups" in fields else QuantizationScheme
+    # QuantizationConfig ignores what it does not know, a misspelt ignore list for one.
+    unknown = [key for key in fields if key not in parsed.model_fields]
+    if unknown:
+        raise ValueError(
+            f"config has {', '.join(map(str, unknown))}: expected the fields of a {parsed.__name__}, "
+            f"{', '.join(parsed.model_fields)}"
+        )
+    try:
+        return parsed.model_validate(fields)
+    except (NotImplementedError, KeyError) as error:  # pydantic passes these on
+        raise ValueError(f"config: {error}") from None
+
+
+class Matches(NamedTuple):
+    """Which scheme each op gets.
+
+    Attributes:
+        modules: of modules with a weight, by path.
+        functions: of ops that have activations only, by their module's path and their function's name.
+    """
+
+    modules: dict[str, QuantizationScheme]
+    functions: dict[tuple[str, str], QuantizationScheme]
+
+
+def match_schemes(
+    config: QuantizationConfig,
+    modules: Mapping[str, nn.Module],
+    functions: Mapping[tuple[str, str], nn.Module] | None = None,
+) -> Matches:
     """The scheme of each module that the config targets and does not ignore.
 
+    Ops of activations only (attention, matrix products) get a scheme without weights whose target names them
+    narrowly: it matches neither the module around them nor one inside, as compressed-tensors has it for attention.
     Targets and ignores that match nothing are named in one warning.
 
     Args:
         config: the config.
-        modules: by dotted path, those that hold an op that can be quantized.
+        modules: by dotted path, those that hold an op with a weight.
+        functions: the modules that ops of activations only belong to, by dotted path and the function's name.
 
     Raises:
-        ValueError: no module is left.
+        ValueError: nothing is left to quantize.
     """
+    functions = functions or {}
     schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
     ignore = config.ignore or []
-    matched = {}
-    for name, module in modules.items():
-        targets = match_targets(name, module, schemes)
+    matched = Matches({}, {})
+    for path, module in modules.items():
+        targets = match_targets(path, module, schemes)
         # The first target is the most specific: a name, then an expression, then a class.
-        if targets and not is_match(name, module, ignore):
-            matched[name] = schemes[targets[0]]
-    if not matched:
-        found = sorted({f"{type(module).__name__} ({name or 'root'})" for name, module in modules.items()})
+        if targets and not is_match(path, module, ignore):
+            matched.modules[path] = schemes[targets[0]]
+    for (path, name), module in functions.items():
+        targets = [
+            target
+            for target in match_targets(path, module, schemes)
+            if not schemes[target].weights and _is_narrow(target, path, modules)
+        ]
+        if targets and not is_match(path, module, ignore):
+            matched.functions[path, name] = schemes[targets[0]]
+    everything = [*modules.items(), *((path, module) for (path, _), module in functions.items())]
+    if not matched.modules and not matched.functions and not config.kv_cache_scheme:
+        found = sorted({f"{type(module).__name__} ({path or 'root'})" for path, module in everything})
         raise ValueError(
             f"targets {list(schemes)} (ignoring {ignore}) matched nothing: the graph's modules that can be quantized "
             f"are {', '.join(found) if found else 'none'}"
         )
-    idle = [p for p in (*schemes, *ignore) if not any(is_match(name, module, p) for name, module in modules.items())]
+    idle = [pattern for pattern in (*schemes, *ignore) if not _matches_any(pattern, everything)]
     if idle:
         warnings.warn(f"targets and ignores that matched no module: {', '.join(idle)}", UserWarning, stacklevel=2)
     return matched
+
+
+def _matches_any(pattern: str, modules: Iterable[tuple[str, nn.Module]]) -> bool:
+    return any(is_match(path, module, pattern) for path, module in modules)
+
+
+def _is_narrow(target: str, path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether ``target``, which matches the module at ``path``, matches neither its parent's name nor its children."""
+    children = ((child, module) for child, module in modules.items() if child.startswith(f"{path}."))
+    return not is_match(path.rpartition(".")[0], nn.Module(), target) and not _matches_any(target, children)

@@ -48,7 +48,7 @@ class Layout:
 
     @classmethod
     def of(cls, args: QuantizationArgs, base_name: str) -> "Layout":
-        """The layout of a statically quantized value.
+        """The layout of a value whose scales, or whose global scale, are calibrated.
 
         Raises:
             ValueError: a role that is unknown, or a strategy or format that makes no sense for it.
@@ -76,10 +76,10 @@ class Layout:
             return (*shape[:-1], 1)
         if self.strategy == "block":
             assert self.block_structure is not None
-            if len(shape) != 2:
-                raise ValueError(f"strategy=block needs a value of 2 dimensions, found shape {tuple(shape)}")
+            if len(shape) < 2:
+                raise ValueError(f"strategy=block needs a value of 2 dimensions or more, found shape {tuple(shape)}")
             rows, columns = self.block_structure
-            return (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns))
+            return (*shape[:-2], math.ceil(shape[-2] / rows), math.ceil(shape[-1] / columns))
         assert self.group_size is not None
         if shape[-1] % self.group_size:
             raise ValueError(
@@ -102,7 +102,8 @@ class Layout:
             by_token = value.transpose(1, 2)
             yield by_token.flatten(0, 1) if by_token.is_contiguous() else value.flatten(2)
         elif self.strategy == "block":
-            yield from self._block_tiles(value, max_groups)
+            for matrix in value.reshape(-1, *value.shape[-2:]):
+                yield from self._block_tiles(matrix, max_groups)
         elif self.base_name == "weight":
             groups = value.reshape(-1, self.group_size or value.shape[-1])
             for part in groups.split(max(1, min(max_groups, MAX_ELEMENTS // groups.shape[1]))):
@@ -110,6 +111,25 @@ class Layout:
         else:
             assert self.group_size is not None
             yield value.reshape(-1, value.shape[-1] // self.group_size, self.group_size)
+
+    def channel_tiles(self, channels: Tensor, shape: torch.Size, max_groups: int) -> Iterator[Tensor]:
+        """What each channel of a weight's last dimension is multiplied by, beside each of its :meth:`tiles`.
+
+        Args:
+            channels: shape (in,).
+            shape: the weight's, (..., in); strategies channel, group and tensor_group.
+            max_groups: as for :meth:`tiles`.
+
+        Yields:
+            [Q, G] beside tiles [1, Q, G], Q = 1 where all groups have the same.
+        """
+        size = self.group_size or shape[-1]
+        by_group = channels.reshape(-1, size)
+        num_groups = shape.numel() // size
+        at_a_time = max(1, min(max_groups, MAX_ELEMENTS // size))
+        for start in range(0, num_groups, at_a_time):
+            rows = torch.arange(start, min(start + at_a_time, num_groups), device=channels.device)
+            yield by_group if len(by_group) == 1 else by_group[rows % len(by_group)]
 
     def as_one_group(self) -> "Layout":
         """The layout that puts all of the value in one group (where a global scale is searched)."""

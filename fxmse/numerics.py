@@ -13,7 +13,8 @@ from torch import Tensor
 __all__ = ["Format", "Grid", "calculate_global_scale", "calculate_scale_and_zero_point", "round_scale"]
 
 # (explicit mantissa bits, smallest normal exponent, largest value) by number of bits.
-_FLOAT_FORMATS = {8: (3, -6, 448.0), 4: (1, 0, 6.0)}  # fp8 e4m3fn, fp4 e2m1
+_FLOAT_FORMATS = {8: (3, -6, 448.0), 6: (3, 0, 7.5), 4: (1, 0, 6.0)}  # fp8 e4m3fn, fp6 e2m3, fp4 e2m1
+_INT_BITS = range(2, 17)  # what float32 rounds exactly, and with room to spare
 # The scales of a tensor_group format are e4m3; together scale and element span 448 * 6.
 _GLOBAL_RANGE = _FLOAT_FORMATS[8][2] * _FLOAT_FORMATS[4][2]
 
@@ -23,7 +24,7 @@ class Grid:
     """The values a format can hold, in units of the scale.
 
     Attributes:
-        num_bits: 2 to 8 for integers; 8 (e4m3) or 4 (e2m1) for floats.
+        num_bits: 2 to 16 for integers; 8 (e4m3), 6 (e2m3) or 4 (e2m1) for floats.
         type: "int" or "float".
     """
 
@@ -34,8 +35,10 @@ class Grid:
         """Raises ValueError for a format that is not implemented."""
         if self.type == "float" and self.num_bits not in _FLOAT_FORMATS:
             raise ValueError(f"num_bits={self.num_bits}, type=float: expected one of {sorted(_FLOAT_FORMATS)} bits")
-        if self.type == "int" and not 2 <= self.num_bits <= 8:
-            raise ValueError(f"num_bits={self.num_bits}, type=int: expected 2 to 8 bits")
+        if self.type == "int" and self.num_bits not in _INT_BITS:
+            raise ValueError(
+                f"num_bits={self.num_bits}, type=int: expected {_INT_BITS.start} to {_INT_BITS.stop - 1} bits"
+            )
 
     @property
     def qmin(self) -> float:
@@ -94,8 +97,10 @@ class Format:
     def of(cls, args: QuantizationArgs) -> "Format":
         """The format that ``args`` name; raises ValueError where there is none."""
         grid = Grid(args.num_bits, QuantizationType(args.type).value)
-        if args.type == "float" and args.num_bits == 4 and not args.symmetric:
-            raise ValueError("symmetric=False is not defined for 4-bit floats: use symmetric=True or type='int'")
+        if args.type == "float" and args.num_bits < 8 and not args.symmetric:
+            raise ValueError(
+                f"symmetric=False is not defined for {args.num_bits}-bit floats: use symmetric=True or type='int'"
+            )
         # As compressed-tensors tells them (should_generate_mx_scales).
         is_mx = args.type == "float" and args.group_size == 32 and args.scale_dtype == torch.uint8
         if args.scale_dtype is not None and not args.scale_dtype.is_floating_point and not is_mx:
@@ -122,18 +127,19 @@ def calculate_scale_and_zero_point(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a range, rounded as they will be stored.
 
-    The traceable twin of compressed-tensors ``calculate_qparams``: the same float32 operations in the same
-    order (held to equality by the tests), without its cached tensors and its data-dependent dtype changes.
+    The traceable twin of compressed-tensors ``calculate_qparams``: the same operations in the same order and dtype
+    (held to equality by the tests), without its cached tensors and its data-dependent dtype changes.
 
     Args:
-        min: smallest values, float32, any shape, in units of x.
+        min: smallest values, any float dtype, any shape, in units of x.
         max: largest values, same shape.
         format: the format.
         dtype: dtype the scale is stored in when the format names none.
         global_scale: multiplied into the scale before it is rounded; broadcasts to ``min``.
 
     Returns:
-        scale and zero point, float32, shape of ``min``. The scale is never 0.
+        scale and zero point, shape of ``min`` and its dtype (the scale float32 next to a global scale). The scale is
+        never 0.
     """
     grid = format.grid
     min, max = min.clamp(max=0), max.clamp(min=0)
@@ -165,8 +171,12 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _calculate_mx_scale(absmax: Tensor, num_bits: int) -> Tensor:
-    """The power of two that an E8M0 scale stores: mantissas from 1.75 round up, less the element's exponent."""
-    # 1 << 21 is a quarter of the mantissa's range: 1.75 and more carries into the exponent.
-    power = ((absmax.view(torch.int32) + (1 << 21)) & 0x7F80_0000).view(torch.float32)
-    element_exponent = {4: 2, 8: 8}[num_bits]  # floor(log2(6)), floor(log2(448))
-    return (power * 2.0**-element_exponent).clamp(min=2.0**-127, max=2.0**127)
+    """The power of two that an E8M0 scale stores, less the element's exponent; in ``absmax``'s dtype.
+
+    Mantissas round up where they would round past the largest element's: from 1.75, for fp6 from 1.9375.
+    """
+    element_exponent, mantissa = {4: (2, 1), 6: (2, 3), 8: (8, 1)}[num_bits]  # floor(log2(largest)); as ct has it
+    # The bit that carries all ones behind the element's mantissa into the exponent.
+    power = ((absmax.float().view(torch.int32) + (1 << (22 - mantissa))) & 0x7F80_0000).view(torch.float32)
+    scale = (power * 2.0**-element_exponent).clamp(min=2.0**-127, max=2.0**127).to(absmax.dtype)
+    return torch.where(scale == 0, 1.0, scale)  # float16 cannot hold the smallest

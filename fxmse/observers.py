@@ -4,29 +4,36 @@ An observer is four steps: ``measure`` (a value's range, a pure function), ``upd
 range to the state after, pure), the state itself (buffers, float32 whatever the values' dtype), ``get_qparams``.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import DynamicType, QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from compressed_tensors.registry import RegistryMixin
 from torch import Tensor, nn
 
 from fxmse.layout import Layout
 from fxmse.numerics import Format, calculate_global_scale, round_scale
-from fxmse.search import Range, SearchOptions, measure_range, search, search_global_range
+from fxmse.search import Range, SearchOptions, check_argument, measure_range, search, search_global_range
 
 __all__ = [
+    "ExpandedMSEOptions",
+    "FourOverSixObserver",
     "MSEObserver",
+    "MSEOptions",
     "MemorylessMSEObserver",
     "MemorylessMinMaxObserver",
     "MinMaxObserver",
     "MovingAverageMSEObserver",
+    "NVFP4ExpandedMSEObserver",
     "Observer",
     "State",
     "StaticMinMaxObserver",
+    "cover_ranges",
+    "describe_non_finite",
 ]
 
 
@@ -68,9 +75,7 @@ class AverageOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError where the constant is out of range."""
-        value = self.averaging_constant
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise ValueError(f"averaging_constant={value!r}: expected a number in (0, 1]")
+        check_argument("averaging_constant", self.averaging_constant, "a number in (0, 1]", lambda v: 0 < v <= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +85,14 @@ class MSEOptions(SearchOptions):
     Attributes:
         global_scale: used in every candidate; a number or a tensor of one element, above 0. Where none is given,
             tensor_group searches one.
-        optimize_global_scale: search the global scale even though one is given.
+        optimize_global_scale: search the global scale even though one is given, as llm-compressor 0.9 does: as that
+            of the one range for all of the value that has the least error.
+        triton_error_buffer: has no effect; llm-compressor's configs have it for its CUDA kernel.
     """
 
     global_scale: float | Tensor | None = None
     optimize_global_scale: bool = False
+    triton_error_buffer: float | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the argument that is out of range."""
@@ -111,21 +119,33 @@ class MovingAverageMSEOptions(MSEOptions, AverageOptions):
 class Observer(nn.Module, RegistryMixin):
     """Finds the quantization parameters of one value from the samples of it that it is shown.
 
+    Where ``args.dynamic`` is "local" only the global scale is found; each value brings the rest.
+
     Args:
         base_name: the value's role: "weight", "input", "output", "q", "k" or "v".
         args: the format; ``args.observer_kwargs`` are arguments of the observer, too. Never changed.
         observer_kwargs: arguments of the observer; they come before those in ``args``.
 
+    Attributes:
+        name: what the value is called in messages; "" outside of a graph.
+        needs_importance: whether a weight is searched only after the activations that meet it were seen.
+
     Raises:
-        ValueError: an argument that is misspelt or out of range, or a strategy that makes no sense for the role.
+        ValueError: an argument that is misspelt or out of range, a strategy that makes no sense for the role, or a
+            dynamic value, which there is nothing to observe of.
     """
 
     options_class: ClassVar[type] = NoOptions
+    needs_importance: ClassVar[bool] = False
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         super().__init__()
+        if args.dynamic is True:
+            raise ValueError(f"the {base_name} is dynamic: its scales come from each value, expected dynamic=False")
         self.base_name = base_name
+        self.name = ""
         self.args = args.model_copy(deep=True)
+        self.is_local = args.dynamic == DynamicType.LOCAL
         self.layout = Layout.of(args, base_name)
         self.format = Format.of(args)
         self.options = self._parse_options({**(args.observer_kwargs or {}), **observer_kwargs})
@@ -175,7 +195,7 @@ class Observer(nn.Module, RegistryMixin):
     @property
     def has_statistics(self) -> bool:
         """Whether any value has been seen."""
-        return self.min_vals is not None
+        return (self.global_min_vals if self.is_local else self.min_vals) is not None
 
     def forward(self, value: Tensor) -> "Observer":
         """Takes one more value into account and returns the observer itself.
@@ -210,6 +230,13 @@ class Observer(nn.Module, RegistryMixin):
         """The state after ``value`` was seen."""
         if self.layout.strategy == "tensor_group":
             state = self.update_global(state, value)
+        return state if self.is_local else self._update_groups(state, value)
+
+    def update_with_global(self, state: State, value: Tensor, global_range: Range) -> State:
+        """The state after ``value`` was seen, with a global scale that follows from a range found elsewhere."""
+        return self._update_groups(state._replace(global_range=global_range), value)
+
+    def _update_groups(self, state: State, value: Tensor) -> State:
         measured = self.measure(value, self._global_scale_of(state))
         return state._replace(range=self.merge(state.range, measured))
 
@@ -239,17 +266,19 @@ class Observer(nn.Module, RegistryMixin):
         Returns:
             scale: shape qparam_shape, in the dtype of the values seen (float32 next to a global scale).
             zero_point: the same shape, ``args.zp_dtype``; 0 where the format is symmetric.
-            global_scale: float32, shape (1,), or None.
+            global_scale: float32, shape (1,), or None. Of a "local" value it is all there is.
 
         Raises:
             ValueError: no value has been seen, or one that was not finite.
         """
         state = self.state
-        if state.range is None:
+        if not self.has_statistics:
             raise ValueError(f"the {self.base_name} observer has seen no value: call observer(value) first")
         if not all(tensor.isfinite().all() for tensor in state.tensors):
             raise ValueError(f"the {self.base_name} observer has seen NaN or Inf: calibrate again without that batch")
         global_scale = self._global_scale_of(state)
+        if state.range is None:
+            return {"scale": None, "zero_point": None, "global_scale": global_scale}
         scale, zero_point = calculate_qparams(*state.range, self.args, global_scale)
         if global_scale is None:
             scale = round_scale(scale, self.value_dtype).to(self.value_dtype)
@@ -258,6 +287,11 @@ class Observer(nn.Module, RegistryMixin):
     def extra_repr(self) -> str:
         """What distinguishes this observer in a printed model."""
         return f"{self.base_name}, {self.layout.strategy}, {self.options}"
+
+
+def cover_ranges(ranges: Sequence[Range]) -> Range:
+    """The range that covers all of ``ranges``, which have one shape."""
+    return Range(torch.stack([r.min for r in ranges]).amin(0), torch.stack([r.max for r in ranges]).amax(0))
 
 
 def describe_non_finite(value: Tensor) -> str:
@@ -279,7 +313,7 @@ class StaticMinMaxObserver(Observer):
         """The range that covers both."""
         if old is None:
             return new
-        return Range(torch.minimum(old.min, new.min), torch.maximum(old.max, new.max))
+        return cover_ranges([old, new])
 
 
 def _average(old: Range | None, new: Range, constant: float) -> Range:
@@ -303,8 +337,9 @@ class MinMaxObserver(Observer):
 class MSEObserver(Observer):
     """Searches the range whose quantization error is least (:class:`MSEOptions`).
 
-    For tensor_group the global scale comes first, from the range of the whole value that has the least error when
-    each candidate brings its own global scale; then each group's range with that global scale in every candidate.
+    For tensor_group the global scale comes first, from the groups' best ranges with scales that are stored exactly;
+    then each group's range with that global scale in every candidate, its scale rounded as it will be stored. The
+    second step looks at all candidates, so that it is never worse than the first step's ranges stored so.
     """
 
     options_class = MSEOptions
@@ -324,11 +359,23 @@ class MSEObserver(Observer):
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The best range of each of the value's groups."""
-        return search(value, self.format, self.layout, self.options, global_scale=global_scale)
+        options = self.options
+        if self.global_scale is None and global_scale is not None and not options.optimize_global_scale:
+            options = replace(options, patience=len(options.factors))
+        importance = self.find_importance(value)
+        return search(value, self.format, self.layout, options, global_scale=global_scale, importance=importance)
 
     def measure_global(self, value: Tensor) -> Range:
-        """The range of all of the value whose global scale gives the least error."""
-        return search_global_range(value, self.format, self.layout, self.options)
+        """The range that the value's global scale follows from."""
+        if self.options.optimize_global_scale:
+            layout = self.layout.as_one_group()
+            return search(value, self.format, layout, self.options, optimize_global_scale=True)
+        importance = self.find_importance(value)
+        return search_global_range(value, self.format, self.layout, self.options, importance=importance)
+
+    def find_importance(self, value: Tensor) -> Tensor | None:
+        """How much the errors of each channel count, float32; None for all the same."""
+        return None
 
     def update_global(self, state: State, value: Tensor) -> State:
         """As :meth:`Observer.update_global`, but a global scale that was given needs none."""
@@ -341,6 +388,32 @@ class MSEObserver(Observer):
 @Observer.register("memoryless_mse")
 class MemorylessMSEObserver(MSEObserver):
     """Keeps the search's result for the last value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpandedMSEOptions(MSEOptions):
+    """Arguments of an MSE search from 1.8 times down to .8 times the value's range."""
+
+    maxshrink: float = 1 - 0.8 / 1.8
+    grid: float = 200.0
+    patience: int = 1000
+    expand: float = 1.8
+
+
+@Observer.register("nvfp4_expanded_mse")
+class NVFP4ExpandedMSEObserver(MemorylessMSEObserver):
+    """``memoryless_mse`` over the ranges that serve NVFP4 best (:class:`ExpandedMSEOptions`)."""
+
+    options_class = ExpandedMSEOptions
+
+
+@Observer.register("fouroversix")
+class FourOverSixObserver(NVFP4ExpandedMSEObserver):
+    """Another name of ``nvfp4_expanded_mse``, as llm-compressor 0.14 has it."""
+
+    def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
+        warnings.warn("observer='fouroversix' is a name of 'nvfp4_expanded_mse': use that", UserWarning, stacklevel=3)
+        super().__init__(base_name, args, **observer_kwargs)
 
 
 @Observer.register("mse")

@@ -1,13 +1,21 @@
-"""Every torch.library registration: the fake-quantize op with its fake, autograd and decomposed forms."""
+"""Every torch.library registration: the fake-quantize ops with their fake, autograd and decomposed forms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from fxmse.numerics import Grid
+from fxmse.numerics import Format, Grid, calculate_scale_and_zero_point
 
-__all__ = ["FAKE_QUANTIZE", "fake_quantize"]
+__all__ = [
+    "DYNAMIC_FAKE_QUANTIZE",
+    "FAKE_QUANTIZE",
+    "dynamic_fake_quantize",
+    "fake_quantize",
+    "is_fake_quantize",
+]
 
 
 def _fake_quantize(
@@ -31,11 +39,11 @@ def _fake_quantize(
         scale: float, shape qparam_shape of the strategy; divided by ``global_scale`` where there is one.
         zero_point: the same shape, or None for 0.
         global_scale: float32, one element, or None.
-        num_bits: 2 to 8.
-        type: "int" or "float" (8 bits: e4m3, 4 bits: e2m1).
+        num_bits: of a :class:`fxmse.numerics.Grid`.
+        type: "int" or "float".
         strategy: a ``QuantizationStrategy`` value.
         group_size: for group and tensor_group; divides the last dimension.
-        block_structure: (rows, columns), for block; x has 2 dimensions, the last blocks may be cut off.
+        block_structure: (rows, columns), for block: of x's last two dimensions; the last blocks may be cut off.
 
     Returns:
         x's shape; x's dtype for group and tensor_group, otherwise the scale's (as compressed-tensors has it).
@@ -46,11 +54,12 @@ def _fake_quantize(
     if strategy == "block":
         assert block_structure is not None
         height, width = block_structure
-        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % width, 0, -x.shape[0] % height))
-        blocks = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)
-        zero_point = None if zero_point is None else zero_point[:, :, None, None]
-        result = _quantize_dequantize(blocks, scale[:, :, None, None], zero_point, global_scale, grid)
-        return result.transpose(1, 2).reshape(padded.shape)[: x.shape[0], : x.shape[1]].contiguous()
+        padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % width, 0, -x.shape[-2] % height))
+        blocks = padded.unflatten(-1, (-1, width)).unflatten(-3, (-1, height)).transpose(-3, -2)
+        zero_point = None if zero_point is None else zero_point[..., None, None]
+        result = _quantize_dequantize(blocks, scale[..., None, None], zero_point, global_scale, grid)
+        result = result.transpose(-3, -2).reshape(padded.shape)
+        return result[..., : x.shape[-2], : x.shape[-1]].contiguous()
     if strategy in ("group", "tensor_group"):
         assert group_size is not None
         zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
@@ -77,22 +86,77 @@ def _quantize_dequantize(
     return quantized * scale
 
 
+def _dynamic_fake_quantize(
+    x: Tensor,
+    global_scale: Tensor | None,
+    num_bits: int,
+    type: str,
+    symmetric: bool,
+    strategy: str,
+    group_size: int | None = None,
+    scale_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`fake_quantize` with the scale and zero point that x's own smallest and largest values give.
+
+    Args:
+        x: float, an activation (..., channels).
+        global_scale: float32, one element, or None.
+        num_bits: of a :class:`fxmse.numerics.Grid`.
+        type: "int" or "float".
+        symmetric: whether the zero point is 0.
+        strategy: "tensor", "token" (a scale for each row of x's last dimension), "group" or "tensor_group".
+        group_size: for group and tensor_group; divides the last dimension.
+        scale_dtype: what scales are rounded to; None takes x's.
+
+    Returns:
+        x's shape and dtype (float32 for a tensor or token strategy with a global scale).
+
+    Source: compressed-tensors ``compute_dynamic_scales_and_zp``. Deviation: that one takes the first two dimensions
+    for a token's, so that a value of two dimensions is quantized per tensor; here a row is a token whatever the rest.
+    """
+    if strategy == "tensor":
+        min, max = x.amin().reshape(1), x.amax().reshape(1)
+    elif strategy == "token":
+        min, max = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    else:
+        groups = x.unflatten(-1, (-1, group_size))
+        min, max = groups.amin(-1), groups.amax(-1)
+    format = Format(Grid(num_bits, type), symmetric, scale_dtype, is_mx=scale_dtype == torch.uint8)
+    scale, zero_point = calculate_scale_and_zero_point(min, max, format, dtype=x.dtype, global_scale=global_scale)
+    arguments = (num_bits, type, strategy, group_size)
+    return _fake_quantize(x, scale, None if symmetric else zero_point, global_scale, *arguments)
+
+
 def _pass_straight_through(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (grad.to(ctx.x_dtype), *[None] * 8)  # type: ignore[attr-defined]
+    return (grad.to(ctx.x_dtype), *[None] * (ctx.num_inputs - 1))  # type: ignore[attr-defined]
 
 
-def _remember_dtype(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    ctx.x_dtype = inputs[0].dtype  # type: ignore[attr-defined]
+def _remember_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.x_dtype, ctx.num_inputs = inputs[0].dtype, len(inputs)  # type: ignore[attr-defined]
 
 
-fake_quantize = torch.library.custom_op("fxmse::fake_quantize", _fake_quantize, mutates_args=())
+def _register(name: str, function: Callable[..., Tensor]) -> Any:
+    op = torch.library.custom_op(f"fxmse::{name}", function, mutates_args=())
+    op.register_fake(function)
+    op.register_autograd(_pass_straight_through, setup_context=_remember_inputs)
+    # The decomposition that make_fx takes once it traces below autograd (torch.compile, AOTInductor,
+    # run_decompositions). torch.export traces above it and keeps the op. The eager kernel and its gradient are the
+    # ones registered before.
+    getattr(torch.ops.fxmse, name).default.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(function)
+    return op
+
+
+fake_quantize = _register("fake_quantize", _fake_quantize)
 """The op, as ``_fake_quantize`` describes it."""
+dynamic_fake_quantize = _register("dynamic_fake_quantize", _dynamic_fake_quantize)
+"""The op, as ``_dynamic_fake_quantize`` describes it."""
 
 FAKE_QUANTIZE = torch.ops.fxmse.fake_quantize.default
 """The overload that graphs call."""
+DYNAMIC_FAKE_QUANTIZE = torch.ops.fxmse.dynamic_fake_quantize.default
+"""The overload that graphs call."""
 
-fake_quantize.register_fake(_fake_quantize)
-fake_quantize.register_autograd(_pass_straight_through, setup_context=_remember_dtype)
-# The decomposition that make_fx takes once it traces below autograd (torch.compile, AOTInductor, run_decompositions).
-# torch.export traces above it and keeps the op. The eager kernel and its gradient are the ones registered before.
-FAKE_QUANTIZE.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(_fake_quantize)
+
+def is_fake_quantize(node: Node) -> bool:
+    """Whether ``node`` calls one of the ops."""
+    return node.target in (FAKE_QUANTIZE, DYNAMIC_FAKE_QUANTIZE)

@@ -12,8 +12,9 @@ from torch.fx import GraphModule, Node
 
 from fxmse.capture import copy_graph_module, split_inputs
 from fxmse.observers import Observer
-from fxmse.ops import FAKE_QUANTIZE
+from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
 from fxmse.passes.base import get_attribute
+from fxmse.passes.fold_fake_quant import SITES_KEY
 
 __all__ = ["SiteReport", "report"]
 
@@ -24,11 +25,12 @@ class SiteReport:
 
     Attributes:
         module: the module that the value was named after; "" is the root.
-        role: "weight", "input" or "output".
+        role: "weight", "input", "output", "q", "k" or "v".
         format: the grid, symmetry and strategy in words, as in "int8 asymmetric tensor".
-        num_scales: how many scales there are.
+        num_scales: how many scales there are; 0 where each value brings its own (dynamic).
         sqnr: signal to quantization noise in dB: 10 log10(sum(x ** 2) / sum((fake_quantize(x) - x) ** 2)).
-        range_ratio: the scale over the one that the smallest and largest value would give, averaged over the scales.
+        range_ratio: the scale over the one that the smallest and largest value would give, averaged over the scales;
+            1 where they are dynamic.
     """
 
     module: str
@@ -54,14 +56,14 @@ def report(quantized: GraphModule, batches: Iterable[Any]) -> list[SiteReport]:
         ValueError: a graph without fake-quantize nodes, or no batches.
     """
     watched = copy_graph_module(quantized)
-    recorders = [_watch(watched, node) for node in list(watched.graph.nodes) if node.target is FAKE_QUANTIZE]
+    recorders = [_watch(watched, node) for node in list(watched.graph.nodes) if is_fake_quantize(node)]
     if not recorders:
         raise ValueError("the graph has no fake-quantize nodes: make it with fxmse.convert")
     watched.recompile()
     for batch in batches:
         args, kwargs = split_inputs(batch)
         watched(*args, **kwargs)
-    if not recorders[0].observer.has_statistics:
+    if not recorders[0].has_seen:
         raise ValueError("no batches: a report needs at least one")
     return [recorder.summarise() for recorder in recorders]
 
@@ -69,56 +71,68 @@ def report(quantized: GraphModule, batches: Iterable[Any]) -> list[SiteReport]:
 class _Recorder(nn.Module):
     """Adds up what a fake-quantize node changes."""
 
-    def __init__(self, module: str, role: str, args: QuantizationArgs, scale: Tensor) -> None:
+    def __init__(self, module: str, role: str, args: QuantizationArgs, scale: Tensor | None) -> None:
         super().__init__()
         self.module, self.role, self.args, self.scale = module, role, args, scale
-        self.observer = Observer.load_from_registry("static_minmax", base_name=role, args=args)
+        self.observer = None
+        if scale is not None:
+            self.observer = Observer.load_from_registry("static_minmax", base_name=role, args=args)
+        self.has_seen = False
         self.signal = self.noise = 0.0
 
     def forward(self, x: Tensor, quantized: Tensor) -> Tensor:
-        self.observer(x)
+        self.has_seen = True
+        if self.observer:
+            self.observer(x)
         self.signal += x.double().square().sum().item()
         self.noise += (quantized.double() - x.double()).square().sum().item()
         return quantized
 
     def summarise(self) -> SiteReport:
+        args = self.args
+        symmetry = "symmetric" if args.symmetric else "asymmetric"
+        size = f" {args.group_size}" if args.group_size else ""
+        dynamic = " dynamic" if args.dynamic else ""
+        return SiteReport(
+            module=self.module,
+            role=self.role,
+            format=f"{args.type}{args.num_bits} {symmetry} {args.strategy}{size}{dynamic}",
+            num_scales=0 if self.scale is None else self.scale.numel(),
+            sqnr=10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf,
+            range_ratio=self._calculate_range_ratio(),
+        )
+
+    def _calculate_range_ratio(self) -> float:
+        if self.observer is None or self.scale is None:
+            return 1.0
         qparams = self.observer.get_qparams()
         minmax_scale = qparams["scale"]
         assert minmax_scale is not None
         if qparams["global_scale"] is not None:
             minmax_scale = minmax_scale / qparams["global_scale"]
-        args = self.args
-        symmetry = "symmetric" if args.symmetric else "asymmetric"
-        size = f" {args.group_size}" if args.group_size else ""
-        return SiteReport(
-            module=self.module,
-            role=self.role,
-            format=f"{args.type}{args.num_bits} {symmetry} {args.strategy}{size}",
-            num_scales=self.scale.numel(),
-            sqnr=10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf,
-            range_ratio=(self.scale / minmax_scale).double().mean().item(),
-        )
+        return (self.scale / minmax_scale).double().mean().item()
+
+
+_NAMES = ("x", "scale", "zero_point", "global_scale", "num_bits", "type", "strategy", "group_size", "block_structure")
+_DYNAMIC_NAMES = ("x", "global_scale", "num_bits", "type", "symmetric", "strategy", "group_size", "scale_dtype")
 
 
 def _watch(graph_module: GraphModule, node: Node) -> _Recorder:
     """Puts a recorder behind a fake-quantize node."""
-    arguments: tuple[Any, ...] = (*node.args, None, None)[:9]
-    x, scale, zero_point, global_scale, num_bits, type_, strategy, group_size, block_structure = arguments
-    args = QuantizationArgs.model_validate(
-        {
-            "num_bits": num_bits,
-            "type": type_,
-            "strategy": strategy,
-            "group_size": group_size,
-            "block_structure": block_structure and list(block_structure),
-            "symmetric": zero_point is None,
-            "scale_dtype": None if global_scale is None else torch.float8_e4m3fn,
-        }
-    )
-    module, _, buffer = str(scale.target).rpartition(".")
-    role = next(role for role in ("weight", "input", "output") if buffer.endswith(f"{role}_scale"))
-    tensor = get_attribute(graph_module, str(scale.target))
-    if isinstance(global_scale, Node):
+    is_dynamic = node.target is DYNAMIC_FAKE_QUANTIZE
+    arguments: dict[str, Any] = dict(zip(_DYNAMIC_NAMES if is_dynamic else _NAMES, node.args, strict=False))
+    x, scale, global_scale = (arguments.pop(name, None) for name in ("x", "scale", "global_scale"))
+    if is_dynamic:
+        arguments["dynamic"] = "local" if global_scale is not None else True
+    else:
+        arguments["symmetric"] = arguments.pop("zero_point") is None
+        arguments["scale_dtype"] = None if global_scale is None else torch.float8_e4m3fn
+    if arguments.get("block_structure"):
+        arguments["block_structure"] = list(arguments["block_structure"])
+    args = QuantizationArgs.model_validate(arguments)
+    module, role = _find_site(node)
+    tensor = None if is_dynamic else get_attribute(graph_module, str(scale.target))
+    if isinstance(global_scale, Node) and tensor is not None:
         tensor = tensor / get_attribute(graph_module, str(global_scale.target))
     recorder = _Recorder(module, role, args, tensor)
     name = f"{node.name}_recorder"
@@ -127,3 +141,14 @@ def _watch(graph_module: GraphModule, node: Node) -> _Recorder:
         watched = graph_module.graph.call_module(name, (x, node))
     node.replace_all_uses_with(watched, delete_user_cb=lambda user: user is not watched)
     return recorder
+
+
+def _find_site(node: Node) -> tuple[str, str]:
+    """The module and the role that a fake-quantize node is named after: by its scale's buffer, or as folding noted."""
+    scale = node.args[1]
+    if isinstance(scale, Node):
+        name = str(scale.target).removesuffix("_global_scale").removesuffix("_scale")
+    else:
+        name = node.meta.get(SITES_KEY, (node.name.removesuffix("_fake_quant"),))[0]
+    module, _, buffer = name.rpartition(".")
+    return module, buffer.rpartition("_")[2]

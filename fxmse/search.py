@@ -1,7 +1,7 @@
 """The MSE search: pure tensors in and out, and the only place that compiles it.
 
 All candidates of a group are evaluated in one pass over the data. For a group of range (min, max) candidate c is
-the range (min, max) * (1 - c / grid); what is summed up for it is
+the range (min, max) * expand * (1 - c / grid); what is summed up for it is
 
     error[c] = (scale[c] / scale[0]) ** norm * sum(|round_to_grid(x / scale[c]) - x / scale[c]| ** norm)
 
@@ -16,8 +16,8 @@ import itertools
 import math
 import types
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from fxmse.layout import MAX_ELEMENTS, Layout
 from fxmse.numerics import Format, calculate_global_scale, calculate_scale_and_zero_point
 from fxmse.power import AbsolutePower
 
-__all__ = ["Range", "SearchOptions", "measure_range", "search", "search_global_range"]
+__all__ = ["Range", "SearchOptions", "check_argument", "measure_range", "search", "search_global_range"]
 
 # Entries of a table [Q, C]: 4 MiB in float32, 8 MiB for the errors' float64, whatever the value's size.
 _MAX_TABLE = 1 << 20
@@ -57,6 +57,7 @@ class SearchOptions:
         patience: the search ends after so many steps in a row in which no group improved; at least 1.
         grid: candidates are p = 1 - i / grid for i in 0 .. maxshrink * grid - 1; above 0.
         norm: exponent of the error; above 0. 2 is the mean squared error.
+        expand: the range that is shrunk is so many times the value's own; at least 1.
         factors: the factor p of each candidate; follows from maxshrink and grid.
         power: |e| ** norm; follows from norm.
 
@@ -68,16 +69,17 @@ class SearchOptions:
     patience: int = 5
     grid: float = 100.0
     norm: float = 2.4
+    expand: float = 1.0
     factors: tuple[float, ...] = field(init=False, repr=False, compare=False)
     power: AbsolutePower = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the argument that is out of range."""
-        _check("maxshrink", self.maxshrink, "a number in (0, 1]", lambda v: 0 < v <= 1)
-        _check("grid", self.grid, "a number above 0", lambda v: 0 < v < math.inf)
-        _check("norm", self.norm, "a number above 0", lambda v: 0 < v < math.inf)
-        _check("patience", self.patience, "a whole number of at least 1", lambda v: v >= 1 and v == int(v))
-        num_steps = math.floor(Fraction(str(self.maxshrink)) * Fraction(str(self.grid)))
+        self._check_limits()
+        check_argument("grid", self.grid, "a number above 0", lambda v: 0 < v < math.inf)
+        check_argument("norm", self.norm, "a number above 0", lambda v: 0 < v < math.inf)
+        check_argument("expand", self.expand, "a number of at least 1", lambda v: 1 <= v < math.inf)
+        num_steps = self._count_steps(math.floor(Fraction(str(self.maxshrink)) * Fraction(str(self.grid))))
         if num_steps < 1:
             raise ValueError(
                 f"maxshrink={self.maxshrink} and grid={self.grid} make no search step: "
@@ -86,8 +88,17 @@ class SearchOptions:
         object.__setattr__(self, "factors", tuple(1 - i / self.grid for i in range(num_steps)))
         object.__setattr__(self, "power", AbsolutePower.of(self.norm))
 
+    def _check_limits(self) -> None:
+        check_argument("maxshrink", self.maxshrink, "a number in (0, 1]", lambda v: 0 < v <= 1)
+        check_argument("patience", self.patience, "a whole number of at least 1", lambda v: v >= 1 and v == int(v))
 
-def _check(name: str, value: object, expected: str, is_allowed: Callable[[float], bool]) -> None:
+    def _count_steps(self, num_shrinks: int) -> int:
+        """The number of candidates, of maxshrink * grid."""
+        return num_shrinks
+
+
+def check_argument(name: str, value: object, expected: str, is_allowed: Callable[[float], bool]) -> None:
+    """Raises ValueError where ``value`` is no number, or none that is allowed."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not is_allowed(value):
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
@@ -100,6 +111,7 @@ class _Problem:
     dtype: torch.dtype  # of the value, and so of its scales
     power: AbsolutePower
     patience: int
+    expand: float
     is_one_group: bool
     optimize_global_scale: bool
 
@@ -119,11 +131,12 @@ def search(
     *,
     global_scale: Tensor | None = None,
     optimize_global_scale: bool = False,
+    importance: Tensor | None = None,
 ) -> Range:
     """Finds the range of each group whose quantization error is least.
 
-    Minimises sum(|fake_quantize(x) - x| ** norm) per group over the candidates of ``options``; of equal errors the
-    wider range wins. NaN and Inf are not looked for: a group that has one gets a range that is not finite.
+    Minimises sum(importance * |fake_quantize(x) - x| ** norm) per group over the candidates of ``options``; of equal
+    errors the wider range wins. NaN and Inf are not looked for: a group that has one gets a range that is not finite.
 
     Args:
         value: float, any shape and strides that ``layout`` takes, not empty.
@@ -133,9 +146,11 @@ def search(
         global_scale: float32, one element; used in every candidate.
         optimize_global_scale: recompute the global scale from each candidate's range, and ignore ``global_scale``.
             Needs a layout of one group.
+        importance: float32, one element a channel of ``value``'s last dimension: the weight of its errors. For the
+            channel, group and tensor_group strategies of a weight.
 
     Returns:
-        The best range, never wider than the value's own.
+        The best range, at most ``expand`` times the value's own.
 
     Source: llm-compressor 0.9 ``_grid_search_mse``; deviations are listed at :class:`SearchOptions`, and errors are
     summed up in float32 and float64 whatever the value's dtype, each candidate's scale rounded as it will be stored.
@@ -148,25 +163,45 @@ def search(
         format,
         value.dtype,
         options.power,
-        int(options.patience),
+        int(options.patience) or len(options.factors),
+        float(options.expand),
         layout.strategy == "tensor",
         optimize_global_scale,
     )
     with torch.no_grad():
         factors_C = _factors_on(options, value)
-        tiles = layout.tiles(value.detach(), _MAX_TABLE // len(options.factors))
+        max_groups = _MAX_TABLE // len(options.factors)
+        tiles = layout.tiles(value.detach(), max_groups)
         if problem.is_one_group and value.dtype not in _HALF:
             best = _run(_solve, problem, next(tiles), factors_C, global_scale)
         elif problem.is_one_group or layout.base_name != "weight":
             best = _solve_in_parts(problem, next(tiles), factors_C, global_scale)
         else:
-            best = _choose(problem, [_run(_score, problem, tile, factors_C, global_scale) for tile in tiles], factors_C)
+            weights: Iterable[Tensor | None] = itertools.repeat(None)
+            if importance is not None:
+                weights = layout.channel_tiles(importance, value.shape, max_groups)
+            scores = [
+                _run(_score, problem, tile, factors_C, global_scale, weights_QG)
+                for tile, weights_QG in zip(tiles, weights, strict=False)
+            ]
+            best = _choose(problem, scores, factors_C)
         return Range(best.min.reshape(shape), best.max.reshape(shape))
 
 
-def search_global_range(value: Tensor, format: Format, layout: Layout, options: SearchOptions) -> Range:
-    """Finds the range of all of ``value`` whose global scale gives the least error (tensor_group's first step)."""
-    return search(value, format, layout.as_one_group(), options, optimize_global_scale=True)
+def search_global_range(
+    value: Tensor, format: Format, layout: Layout, options: SearchOptions, *, importance: Tensor | None = None
+) -> Range:
+    """Finds the range that tensor_group's global scale follows from, shape (1,).
+
+    It covers the best range of each group when scales are stored exactly: with the global scale of that, the scale
+    of no such group is cut off. Arguments are those of :func:`search`.
+
+    Source: llm-compressor 0.14. The one range for all of the value that 0.9 searches instead (``search`` with
+    ``optimize_global_scale`` and ``layout.as_one_group()``) shrinks until the scales of the largest groups no longer
+    fit their dtype.
+    """
+    best = search(value, replace(format, scale_dtype=None), layout, options, importance=importance)
+    return Range(best.min.amin().reshape(1), best.max.amax().reshape(1))
 
 
 def measure_range(value: Tensor, layout: Layout) -> Range:
@@ -184,7 +219,7 @@ def _solve(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scal
 
 def _solve_in_parts(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> Range:
     """The same for groups that are spread over many observations: errors of some at a time are added up."""
-    low_Q, high_Q = _measure(values_OQG)
+    low_Q, high_Q = _measure(values_OQG, problem.expand)
     num_parts = 1
     if not _is_traced(values_OQG):
         table_size = values_OQG.shape[0] * values_OQG.shape[1] * len(factors_C)
@@ -198,15 +233,22 @@ def _solve_in_parts(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, gl
     return _choose(problem, [_compare(low_Q, high_Q, errors_QC)], factors_C)
 
 
-def _score(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> _Scores:
+def _score(
+    problem: _Problem,
+    values_OQG: Tensor,
+    factors_C: Tensor,
+    global_scale: Tensor | None,
+    weights_QG: Tensor | None = None,
+) -> _Scores:
     """Evaluates every candidate of every group of a tile that holds all of its groups."""
-    low_Q, high_Q = _measure(values_OQG)
-    return _compare(low_Q, high_Q, _sum_errors(problem, values_OQG, factors_C, global_scale, low_Q, high_Q))
+    low_Q, high_Q = _measure(values_OQG, problem.expand)
+    errors_QC = _sum_errors(problem, values_OQG, factors_C, global_scale, low_Q, high_Q, weights_QG)
+    return _compare(low_Q, high_Q, errors_QC)
 
 
-def _measure(values_OQG: Tensor) -> Range:
-    """The range [Q] of each group of a tile."""
-    return Range(values_OQG.amin((0, 2)).float(), values_OQG.amax((0, 2)).float())
+def _measure(values_OQG: Tensor, expand: float = 1.0) -> Range:
+    """``expand`` times the range [Q] of each group of a tile."""
+    return Range(values_OQG.amin((0, 2)).float() * expand, values_OQG.amax((0, 2)).float() * expand)
 
 
 def _compare(low_Q: Tensor, high_Q: Tensor, errors_QC: Tensor) -> _Scores:
@@ -233,8 +275,9 @@ def _sum_errors(
     global_scale: Tensor | None,
     low_Q: Tensor,
     high_Q: Tensor,
+    weights_QG: Tensor | None = None,
 ) -> Tensor:
-    """error[c] of every group, shape [Q, C], float64."""
+    """error[c] of every group, shape [Q, C], float64; ``weights_QG`` (Q may be 1) weighs the elements."""
     min_QC, max_QC = low_Q[:, None] * factors_C, high_Q[:, None] * factors_C
     if problem.optimize_global_scale:
         global_scale = calculate_global_scale(min_QC, max_QC)
@@ -250,15 +293,17 @@ def _sum_errors(
     if not torch.compiler.is_compiling():
         at_a_time = max(1, min(num_steps, _MAX_EAGER // values_OQG.numel()))
     parts = [
-        _sum_powers(problem, values_OQG, scale, zero_point)
+        _sum_powers(problem, values_OQG, scale, zero_point, weights_QG)
         for scale, zero_point in zip(scale_QC.split(at_a_time, 1), zero_point_QC.split(at_a_time, 1), strict=True)
     ]
     sums_QC = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return sums_QC * torch.pow(scale_QC / scale_QC[:, :1], problem.power.exponent)
 
 
-def _sum_powers(problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero_point_QC: Tensor) -> Tensor:
-    """sum(|round_to_grid(x / scale) - x / scale| ** norm) over O and G, shape [Q, C], float64."""
+def _sum_powers(
+    problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero_point_QC: Tensor, weights_QG: Tensor | None
+) -> Tensor:
+    """sum(weight * |round_to_grid(x / scale) - x / scale| ** norm) over O and G, shape [Q, C], float64."""
     grid = problem.format.grid
     # fake_quantize's error is continuous in x / scale, so that a reciprocal off by an ulp changes it by an ulp.
     reciprocal_QC1 = _keep(scale_QC.reciprocal())[:, :, None]
@@ -275,7 +320,10 @@ def _sum_powers(problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero_po
         zero_point_QC1 = _keep(zero_point_QC)[:, :, None]
         rounded_OQCG = grid.round((values_OQCG + zero_point_QC1).clamp(grid.qmin, grid.qmax)) - zero_point_QC1
     # A row's errors are summed while it is in cache, the rows' in float64.
-    return problem.power(rounded_OQCG - values_OQCG).sum(-1).sum(0, dtype=torch.float64)
+    powers_OQCG = problem.power(rounded_OQCG - values_OQCG)
+    if weights_QG is not None:
+        powers_OQCG = powers_OQCG * weights_QG[:, None]
+    return powers_OQCG.sum(-1).sum(0, dtype=torch.float64)
 
 
 def _keep(table_QC: Tensor) -> Tensor:
@@ -332,9 +380,10 @@ def _run(stage: Callable[..., Any], problem: _Problem, values_OQG: Tensor, *tens
         return stage(problem, values_OQG, *tensors)
     # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
     # would find it out. Weights are one observation, and per-tensor values one group: there O and Q stay 1.
-    for dim in range(3):
-        if values_OQG.shape[dim] != 1:
-            torch._dynamo.maybe_mark_dynamic(values_OQG, dim)
+    for tensor in (values_OQG, *(t for t in tensors if t is not None and t.dim() > 1)):
+        for dim in range(tensor.dim()):
+            if tensor.shape[dim] != 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
     try:
         return _compile(stage, problem)(values_OQG, *tensors)
     except Exception as error:

@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 
-from compressed_tensors.quantization import QuantizationStrategy, QuantizationType
+from compressed_tensors.quantization import QuantizationType
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxmse.config import Site
-from fxmse.ops import FAKE_QUANTIZE
+from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE
 from fxmse.passes.base import GraphPass, make_container
-from fxmse.passes.probe import find_probes
+from fxmse.passes.probe import Probe, find_importances, find_probes, finish_weights
 
-__all__ = ["FoldFakeQuant"]
+__all__ = ["SITES_KEY", "FoldFakeQuant"]
+
+SITES_KEY = "fxmse_sites"
+"""Where a fake-quantize node's ``meta`` has the names of its sites; the first is what its buffers are called after."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,15 @@ class FoldFakeQuant(GraphPass):
 
     Rules:
 
-    1. Scale, zero point (where the format is asymmetric) and global scale (where there is one) become buffers of
+    1. Weights are observed first: those that never were, those whose observer waited for the importance of their
+       channels, and those that share a global scale with others.
+    2. Scale, zero point (where the format is asymmetric) and global scale (where there is one) become buffers of
        the module that the value belongs to, under compressed-tensors' names: ``fc.weight_scale``,
        ``fc.input_zero_point``, ``fc.weight_global_scale``. A value that several modules read has one set of them,
        under the first module's name.
-    2. The probes are removed, and nothing of them is left in the state dict.
-    3. A graph without probes is left alone.
+    3. A dynamic value's node finds its scales itself, and has no buffer but a global scale.
+    4. The probes are removed, and nothing of them is left in the state dict.
+    5. A graph without probes is left alone.
 
     Raises:
         ValueError: an observer has seen nothing, or NaN or Inf; all such sites are named and nothing is changed.
@@ -34,54 +39,66 @@ class FoldFakeQuant(GraphPass):
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Applies the rules."""
         probes = list(find_probes(graph_module))
-        unseen = [probe.name for _, probe in probes if not probe.observer.has_statistics]
+        unseen = [probe.name for _, probe in probes if not probe.has_statistics and not probe.is_weight]
         if unseen:
             raise ValueError(
                 f"nothing was seen by {'; '.join(dict.fromkeys(unseen))}: run calibration data through the observed "
                 "graph first (fxmse.calibrate)"
             )
-        qparams = {}
+        finish_weights(graph_module)
+        qparams = {probe: _get_qparams(probe) for _, probe in probes}
+        importances = list(find_importances(graph_module))
+        for node, _ in importances:
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph_module.graph.erase_node(node)
         for node, probe in probes:
-            try:
-                qparams[node] = probe.observer.get_qparams()
-            except ValueError as error:
-                raise ValueError(f"{probe.name}: {error}") from None
-        for node, probe in probes:
-            _replace(graph_module, node, probe.sites[0], qparams[node])
-        for target in dict.fromkeys(str(node.target) for node, _ in probes):
+            _replace(graph_module, node, probe, qparams[probe])
+        for target in dict.fromkeys(str(node.target) for node, _ in (*probes, *importances)):
             graph_module.delete_submodule(target)
         return bool(probes)
 
 
-def _replace(graph_module: GraphModule, node: Node, site: Site, qparams: dict[str, Tensor | None]) -> None:
-    graph, args = graph_module.graph, site.args
-    kept = dict(qparams)
-    if args.symmetric:
-        kept["zero_point"] = None
+def _get_qparams(probe: Probe) -> dict[str, Tensor | None]:
+    if probe.observer is None:
+        return dict.fromkeys(("scale", "zero_point", "global_scale"))
+    try:
+        qparams = probe.observer.get_qparams()
+    except ValueError as error:
+        raise ValueError(f"{probe.name}: {error}") from None
+    if probe.observer.args.symmetric:
+        qparams["zero_point"] = None
+    return qparams
+
+
+def _replace(graph_module: GraphModule, node: Node, probe: Probe, qparams: dict[str, Tensor | None]) -> None:
+    graph, site = graph_module.graph, probe.sites[0]
+    args = site.args
     container = make_container(graph_module, site.module)
     parameters: dict[str, Node | None] = {}
     with graph.inserting_before(node):
-        for name, tensor in kept.items():
+        for name, tensor in qparams.items():
             buffer = f"{site.prefix}{site.role}_{name}"
             if tensor is not None:
                 container.register_buffer(buffer, tensor.clone())
             target = f"{site.module}.{buffer}".lstrip(".")
             parameters[name] = None if tensor is None else graph.get_attr(target)
-        arguments: tuple = (
-            node.args[0],
-            parameters["scale"],
-            parameters["zero_point"],
-            parameters["global_scale"],
-            args.num_bits,
-            QuantizationType(args.type).value,
-            QuantizationStrategy(args.strategy).value,
-        )
-        if args.block_structure:
-            arguments += (None, args.block_structure)
-        elif args.strategy in ("group", "tensor_group"):
-            arguments += (args.group_size,)
+        grid = (args.num_bits, QuantizationType(args.type).value)
+        arguments: tuple
+        if args.dynamic:
+            op = DYNAMIC_FAKE_QUANTIZE
+            arguments = (parameters["global_scale"], *grid, args.symmetric, args.strategy)
+            if args.group_size:
+                arguments += (args.group_size,) if args.scale_dtype is None else (args.group_size, args.scale_dtype)
+        else:
+            op = FAKE_QUANTIZE
+            arguments = (parameters["scale"], parameters["zero_point"], parameters["global_scale"], *grid)
+            arguments += (args.strategy,)
+            if args.block_structure:
+                arguments += (None, args.block_structure)
+            elif args.strategy in ("group", "tensor_group"):
+                arguments += (args.group_size,)
         name = f"{site.name}_fake_quant".replace(".", "_")
-        folded = graph.create_node("call_function", FAKE_QUANTIZE, arguments, name=name)
-    folded.meta = dict(node.meta)
+        folded = graph.create_node("call_function", op, (node.args[0], *arguments), name=name)
+    folded.meta = {**node.meta, SITES_KEY: tuple(site.name for site in probe.sites)}
     node.replace_all_uses_with(folded)
     graph.erase_node(node)

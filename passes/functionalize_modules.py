@@ -18,6 +18,11 @@ _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Any]] = {
     nn.Conv2d: F.conv2d,
     nn.Conv3d: F.conv3d,
 }
+_TRANSPOSED_CONVOLUTIONS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,9 @@ class FunctionalizeModules(GraphPass):
 
     ``torch.fx.symbolic_trace`` leaves leaf modules as call_module nodes, which hide the weight. Rules:
 
-    1. Linear, Conv1d, Conv2d, Conv3d (zero padding) and Embedding (without max_norm, which would change the weight)
-       become F.linear, F.conv*d and F.embedding of the same arguments.
+    1. Linear, Conv1d, Conv2d, Conv3d (zero padding), ConvTranspose1d, 2d, 3d (called without an output size) and
+       Embedding (without max_norm, which would change the weight) become F.linear, F.conv*d, F.conv_transpose*d and
+       F.embedding of the same arguments.
     2. Subclasses and modules with hooks keep their call: something else than the layer's own forward may run.
     3. Parameters stay where they are in the state dict, but in an empty module of the graph's own, so that what
        later passes add there does not end up in the user's model.
@@ -39,7 +45,7 @@ class FunctionalizeModules(GraphPass):
         calls = [
             (node, module)
             for node in graph_module.graph.find_nodes(op="call_module")
-            if _is_replaceable(module := graph_module.get_submodule(str(node.target)))
+            if _is_replaceable(node, module := graph_module.get_submodule(str(node.target)))
         ]
         for node, module in calls:
             _replace(graph_module.graph, node, module)
@@ -48,7 +54,7 @@ class FunctionalizeModules(GraphPass):
         return bool(calls)
 
 
-def _is_replaceable(module: nn.Module) -> bool:
+def _is_replaceable(node: Node, module: nn.Module) -> bool:
     # Hooks (and parametrizations) run around a module's call and would be lost.
     if module._forward_hooks or module._forward_pre_hooks:
         return False
@@ -56,6 +62,8 @@ def _is_replaceable(module: nn.Module) -> bool:
         return module.max_norm is None
     if type(module) in _CONVOLUTIONS:
         return module.padding_mode == "zeros"
+    if type(module) in _TRANSPOSED_CONVOLUTIONS:
+        return len(node.args) + len(node.kwargs) == 1
     return type(module) is nn.Linear
 
 
@@ -71,8 +79,11 @@ def _replace(graph: Graph, node: Node, module: nn.Module) -> None:
             options = {"padding_idx": module.padding_idx, "scale_grad_by_freq": module.scale_grad_by_freq}
             new = graph.call_function(F.embedding, (value, weight), {**options, "sparse": module.sparse})
         else:
-            geometry: Any = (module.stride, module.padding, module.dilation, module.groups)
-            new = graph.call_function(_CONVOLUTIONS[type(module)], (value, weight, bias, *geometry))
+            padding: Any = (module.padding, module.output_padding) if module.transposed else (module.padding,)
+            spacing: Any = (module.groups, module.dilation) if module.transposed else (module.dilation, module.groups)
+            function = {**_CONVOLUTIONS, **_TRANSPOSED_CONVOLUTIONS}[type(module)]
+            geometry: Any = (module.stride, *padding, *spacing)
+            new = graph.call_function(function, (value, weight, bias, *geometry))
     new.meta = dict(node.meta)
     stack = new.meta.get("nn_module_stack") or {}
     new.meta["nn_module_stack"] = {**stack, path: (path, type(module))}

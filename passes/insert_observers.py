@@ -1,23 +1,20 @@
 """Puts observers on the values that a config wants quantized."""
 
 import itertools
-import warnings
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass, field
 
-import torch
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxmse.config import Site, make_site, match_schemes, resolve_config
-from fxmse.layout import Layout
+from fxmse.config import Config, Site, resolve_config
+from fxmse.importance import IMatrixMSEObserver
 from fxmse.observers import Observer
-from fxmse.ops import FAKE_QUANTIZE
+from fxmse.ops import is_fake_quantize
 from fxmse.passes.base import GraphPass, get_attribute, make_container
 from fxmse.passes.functionalize_modules import FunctionalizeModules
-from fxmse.passes.probe import Probe, find_probe
-from fxmse.passes.quantizable_ops import Argument, QuantizableOp, find_module, find_op, find_opaque_modules
+from fxmse.passes.joins import JOINS, find_joined_values
+from fxmse.passes.probe import Probe, skip_probes
+from fxmse.passes.reads import Read, find_reads
 
 __all__ = ["InsertObservers"]
 
@@ -32,44 +29,58 @@ class InsertObservers(GraphPass):
     2. A value that several sites read with equal arguments has one probe, named after the first of them. That goes
        for activations (one node) and for weights (one tensor, however many names it has: tied weights stay tied).
     3. A module that is called more than once has one observer, which sees the values of all its calls.
-    4. A convolution's weight is observed, and later quantized, as (out, everything else).
+    4. A weight is observed, and later quantized, as rows of output channels, whatever shape its op wants
+       (:class:`fxmse.passes.weight_view.WeightView`), and before anything that only moves its values (a transpose,
+       the choice of an expert).
     5. Readers of the value that are not sites keep reading it as it is.
     6. A value that has a probe already is left alone.
+    7. The weights of linears that read the same value share their global scale, where they have one: a runtime fuses
+       them (q/k/v, gate/up).
+    8. A dynamic value's probe observes nothing; it holds the place of the fake-quantize node to be.
+    9. A weight whose observer asks for it (``imatrix_mse``) gets a node that measures the importance of the channels
+       of the value that its op reads.
 
     The observed graph computes what it computed before, bit for bit.
 
     Attributes:
-        config: which modules get which scheme: a config, a scheme, or a preset's name.
+        config: which modules get which scheme, as :func:`fxmse.config.resolve_config` takes it.
+        share_across: ops, "cat" or "add", whose observed inputs and output share one observer where their arguments
+            are equal, for runtimes that run them in one scale.
 
     Raises:
-        ValueError: the config matches nothing; a weight's shape or dtype does not fit its format; the graph is folded.
+        ValueError: the config matches nothing; values that do not fit their formats (all are named); the graph is
+            folded; an op in ``share_across`` that is not known.
     """
 
-    config: QuantizationConfig | QuantizationScheme | str
+    config: Config
+    share_across: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an op that cannot be shared across."""
+        for name in self.share_across:
+            if name not in JOINS:
+                raise ValueError(f"share_across has {name!r}: expected some of {', '.join(JOINS)}")
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Applies the rules."""
-        if any(node.target is FAKE_QUANTIZE for node in graph_module.graph.nodes):
+        if any(is_fake_quantize(node) for node in graph_module.graph.nodes):
             raise ValueError(
                 "the graph has fake-quantize nodes, so it was folded already: start from the float model to quantize "
                 "it differently"
             )
         modified = FunctionalizeModules()(graph_module).modified
-        plan = _plan(graph_module, resolve_config(self.config))
+        reads = find_reads(graph_module, resolve_config(self.config))
+        plan = _share_observers(graph_module, reads)
         for observation in plan:
+            observation.mask = _find_mask(graph_module, observation.reads[0].site, observation.observer)
+        _share_across(graph_module, plan, self.share_across)
+        order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+        for observation in plan:
+            observation.reads.sort(key=lambda read: order[read.reader])
             _insert(graph_module, observation)
+        for observation in plan:
+            _insert_importances(graph_module, observation)
         return modified or bool(plan)
-
-
-@dataclass(frozen=True)
-class _Read:
-    """One site's reading of a value: ``reader``'s ``argument``; None stands for every reader (an op's output)."""
-
-    site: Site
-    value: Node
-    reader: Node
-    argument: Argument | None
-    is_convolution_weight: bool = False
 
 
 @dataclass
@@ -77,33 +88,18 @@ class _Observation:
     """Reads of one value with equal arguments, and the observer they share, at ``target``."""
 
     target: str
-    observer: Observer
-    reads: list[_Read] = field(default_factory=list)
+    observer: Observer | None
+    reads: list[Read] = field(default_factory=list)
+    global_group: str = ""
+    mask: tuple[Node, ...] = ()
 
 
-def _plan(graph_module: GraphModule, config: QuantizationConfig) -> list[_Observation]:
-    """What is to be inserted, in the graph's order."""
-    ops = [(node, op) for node in graph_module.graph.nodes if (op := find_op(node))]
-    paths = {node: find_module(graph_module, node, op) for node, op in ops}
-    opaque = find_opaque_modules(graph_module)
-    schemes = match_schemes(config, {**dict(paths.values()), **opaque})
-    reads: list[_Read] = []
-    skipped = [f"{path} (its hooks, options or own forward hide its weight)" for path in opaque if path in schemes]
-    for node, op in ops:
-        path, _ = paths[node]
-        if path in schemes:
-            reads += _find_reads(graph_module, node, op, path, schemes[path], skipped)
-    if skipped:
-        warnings.warn(f"left in float: {'; '.join(dict.fromkeys(skipped))}", UserWarning, stacklevel=2)
-    return _share_observers(graph_module, reads)
-
-
-def _share_observers(graph_module: GraphModule, reads: list[_Read]) -> list[_Observation]:
-    """Rules 2 and 3."""
+def _share_observers(graph_module: GraphModule, reads: list[Read]) -> list[_Observation]:
+    """Rules 2, 3, 7 and 8."""
     by_value: dict[tuple[object, str], _Observation] = {}
     by_site: dict[tuple[str, str], _Observation] = {}
+    groups: dict[object, str] = {}
     for read in reads:
-        _check_fits(graph_module, read)
         arguments = repr(read.site.args)  # observer_kwargs may hold tensors, which JSON cannot
         value_key = (_identify_value(graph_module, read), arguments)
         site_key = (read.site.name, arguments)
@@ -114,80 +110,55 @@ def _share_observers(graph_module: GraphModule, reads: list[_Read]) -> list[_Obs
             else:
                 target = _find_free_name(f"{read.site.name}_observer", {o.target for o in by_value.values()})
                 by_value[value_key] = _Observation(target, _make_observer(read.site))
-        by_site.setdefault(site_key, by_value[value_key])
-        by_value[value_key].reads.append(read)
+        observation = by_value[value_key]
+        by_site.setdefault(site_key, observation)
+        observation.reads.append(read)
+        if fused := _identify_fused(graph_module, read):
+            observation.global_group = observation.global_group or groups.get(fused, read.site.name)
+            groups.setdefault(fused, observation.global_group)
     return list(by_value.values())
 
 
-def _find_reads(
-    graph_module: GraphModule, node: Node, op: QuantizableOp, path: str, scheme: QuantizationScheme, skipped: list[str]
-) -> Iterator[_Read]:
-    """The values that ``scheme`` quantizes at ``node`` and that have no probe yet (rule 6)."""
-    weight = op.weight.get(node)
-    source = _look_through_probe(graph_module, weight)
-    parameter = source if isinstance(source, Node) and source.op == "get_attr" else None
-    leaf = str(parameter.target).rpartition(".")[2] if parameter else "weight"
-    prefix = "" if leaf == "weight" else f"{leaf}_"
-    if scheme.weights and not parameter:
-        skipped.append(f"the weight of {path or node.name} (it is computed in the graph)")
-    elif scheme.weights and parameter is weight:
-        site = make_site(path, prefix, "weight", scheme.weights)
-        yield _Read(site, parameter, node, op.weight, op.is_convolution)
-    if scheme.input_activations and op.input is None:
-        skipped.append(f"the input of {path or node.name} (it is an index)")
-    elif scheme.input_activations and op.input:
-        site = make_site(path, prefix, "input", scheme.input_activations)
-        if op.is_convolution and scheme.input_activations.strategy != "tensor":
-            raise ValueError(
-                f"{site.name}: strategy={site.args.strategy} needs the channels in the last dimension, where a "
-                "convolution's input does not have them: use strategy=tensor"
-            )
-        value = op.input.get(node)
-        if not find_probe(graph_module, value):
-            yield _Read(site, value, node, op.input)
-    if scheme.output_activations:
-        site = make_site(path, prefix, "output", scheme.output_activations)
-        probes = [probe for user in node.users if (probe := find_probe(graph_module, user))]
-        if not any(site.name == s.name for probe in probes for s in probe.sites):
-            yield _Read(site, node, node, None)
-
-
-def _look_through_probe(graph_module: GraphModule, weight: object) -> object:
-    """The parameter behind a probe, and behind rule 4's flatten and reshape; otherwise ``weight`` itself."""
-    node = weight
-    if isinstance(node, Node) and node.target is torch.reshape and find_probe(graph_module, node.args[0]):
-        node = node.args[0]
-    if not isinstance(node, Node) or not find_probe(graph_module, node):
-        return weight
-    source = node.args[0]
-    return source.args[0] if isinstance(source, Node) and source.target is torch.flatten else source
-
-
-def _identify_value(graph_module: GraphModule, read: _Read) -> object:
-    if read.value.op != "get_attr":
+def _identify_value(graph_module: GraphModule, read: Read) -> object:
+    if not read.weight:
         return read.value
     weight = get_attribute(graph_module, str(read.value.target))
     # Tied weights may be several Parameters of one storage; tensors without storage (meta) are told apart by identity.
-    return (weight.data_ptr() or id(weight), weight.device, weight.shape, weight.stride())
+    identity = (weight.data_ptr() or id(weight), weight.device, weight.shape, weight.stride())
+    return (*identity, read.weight.view)
 
 
-def _check_fits(graph_module: GraphModule, read: _Read) -> None:
-    """Raises ValueError now, where the graph knows, for what would fail while calibrating."""
-    value = read.value.meta.get("val")
-    if read.value.op == "get_attr":
-        value = get_attribute(graph_module, str(read.value.target))
-    if not isinstance(value, Tensor):
-        return
-    if not value.is_floating_point():
-        raise ValueError(f"{read.site.name} has dtype {value.dtype}: expected a float dtype")
-    try:
-        shape = value.flatten(1).shape if read.is_convolution_weight else value.shape
-        Layout.of(read.site.args, read.site.role).qparam_shape(shape)
-    except ValueError as error:
-        raise ValueError(f"{read.site.name}: {error}") from None
+def _identify_fused(graph_module: GraphModule, read: Read) -> object:
+    """What the weights that share a global scale have in common; None for all others."""
+    args = read.site.args
+    if not read.weight or args.strategy != "tensor_group" or not read.operation.operands:
+        return None
+    operand = read.operation.operands[0]
+    value = skip_probes(graph_module, operand.argument.get(operand.reader))
+    return value, args.num_bits, args.type, args.group_size, args.scale_dtype
 
 
-def _make_observer(site: Site) -> Observer:
+def _share_across(graph_module: GraphModule, plan: list[_Observation], names: tuple[str, ...]) -> None:
+    """Gives the observations of values that are joined one observer, where their arguments are equal."""
+    by_node: defaultdict[Node, list[_Observation]] = defaultdict(list)
+    for observation in plan:
+        if observation.observer and not observation.reads[0].weight:
+            by_node[observation.reads[0].value].append(observation)
+    for values in find_joined_values(graph_module, names):
+        by_arguments: dict[str, list[_Observation]] = {}
+        for observation in itertools.chain.from_iterable(by_node.get(value, ()) for value in values):
+            by_arguments.setdefault(repr(observation.reads[0].site.args), []).append(observation)
+        for shared, *others in by_arguments.values():
+            # What shares with one of the others already comes along.
+            targets = {other.target for other in others}
+            for observation in plan:
+                if observation.target in targets:
+                    observation.target, observation.observer = shared.target, shared.observer
+
+
+def _make_observer(site: Site) -> Observer | None:
+    if site.is_dynamic:
+        return None
     try:
         return Observer.load_from_registry(str(site.args.observer), base_name=site.role, args=site.args)
     except ValueError as error:
@@ -207,16 +178,15 @@ def _insert(graph_module: GraphModule, observation: _Observation) -> None:
             probe = graph.call_module(observation.target, (first.value,))
         probe.meta = dict(first.value.meta)
         first.value.replace_all_uses_with(probe, delete_user_cb=lambda user: user is not probe)
-        return
-    # Tied weights have several get_attr nodes: the first reader's stands before every reader.
-    with graph.inserting_before(first.reader):
-        value = first.argument.get(first.reader)
-        seen = graph.call_function(torch.flatten, (value, 1)) if first.is_convolution_weight else value
-        probe = graph.call_module(observation.target, (seen,))
-        probe.meta = dict(value.meta)
-        if first.is_convolution_weight:
-            shape = get_attribute(graph_module, str(value.target)).shape
-            probe = graph.call_function(torch.reshape, (probe, list(shape)))
+    else:
+        # Tied weights have several get_attr nodes: the first reader's stands before every reader.
+        with graph.inserting_before(first.reader):
+            value = first.argument.get(first.reader)
+            seen = first.weight.view.trace(graph, value) if first.weight else value
+            probe = graph.call_module(observation.target, (seen,))
+            probe.meta = dict(value.meta)
+            if first.weight:
+                probe = first.weight.view.trace_back(graph, probe)
     for read in observation.reads:
         if read.argument is not None:
             read.argument.set(read.reader, probe)
@@ -230,4 +200,37 @@ def _register_probe(graph_module: GraphModule, observation: _Observation) -> Non
         probe = getattr(container, name)
         probe.sites = tuple({**{site.name: site for site in probe.sites}, **sites}.values())
     else:
-        container.add_module(name, Probe(observation.observer, tuple(sites.values())))
+        weight = observation.reads[0].weight
+        view = weight.view if weight else None
+        probe = Probe(observation.observer, tuple(sites.values()), view, observation.global_group)
+        container.add_module(name, probe)
+
+
+def _insert_importances(graph_module: GraphModule, observation: _Observation) -> None:
+    """Rule 9."""
+    observer = observation.observer
+    if not isinstance(observer, IMatrixMSEObserver):
+        return
+    target = f"{observation.target.removesuffix('_observer')}_importance"
+    parent, _, name = target.rpartition(".")
+    make_container(graph_module, parent).add_module(name, observer.importance)
+    # A convolution's channels are not its rows' elements, and an embedding's input is an index: their observers have
+    # no importance, and say so.
+    operands = [o for read in observation.reads for o in read.operation.operands if o.is_channels_last]
+    for operand in operands:
+        value = operand.argument.get(operand.reader)
+        arguments = (value, *observation.mask)
+        with graph_module.graph.inserting_before(operand.reader):
+            node = graph_module.graph.call_module(target, arguments)
+        node.meta = dict(value.meta)
+        operand.argument.set(operand.reader, node)
+
+
+def _find_mask(graph_module: GraphModule, site: Site, observer: Observer | None) -> tuple[Node, ...]:
+    name = observer.options.mask if isinstance(observer, IMatrixMSEObserver) else None
+    if name is None:
+        return ()
+    inputs = {str(node.target): node for node in graph_module.graph.find_nodes(op="placeholder")}
+    if name not in inputs:
+        raise ValueError(f"{site.name}: mask={name!r}: expected one of the graph's inputs, {', '.join(inputs)}")
+    return (inputs[name],)

@@ -1,5 +1,6 @@
 """The node that an observer is in a graph."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -7,10 +8,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmse.config import Site
-from fxmse.observers import Observer
+from fxmse.importance import Importance
+from fxmse.observers import Observer, State, cover_ranges
 from fxmse.passes.base import get_attribute
+from fxmse.passes.weight_view import WeightView
 
-__all__ = ["Probe", "find_probe", "find_probes", "observe_weights"]
+__all__ = ["Probe", "find_importances", "find_probe", "find_probes", "finish_weights", "observe_weights", "skip_probes"]
 
 
 class Probe(nn.Module):
@@ -19,15 +22,27 @@ class Probe(nn.Module):
     Returning the value keeps the node in the data flow; a node without users would be removed as dead code.
 
     Args:
-        observer: the observer.
+        observer: the observer; None for a dynamic value, whose probe only holds its place.
         sites: the sites that read the value.
+        view: of a weight, how it becomes the rows that are observed.
+        global_group: weights of one name share their global scale; "" shares with none.
     """
 
-    def __init__(self, observer: Observer, sites: tuple[Site, ...]) -> None:
+    def __init__(
+        self,
+        observer: Observer | None,
+        sites: tuple[Site, ...],
+        view: WeightView | None = None,
+        global_group: str = "",
+    ) -> None:
         super().__init__()
         self.observer = observer
         self.sites = sites
+        self.view = view
+        self.global_group = global_group
         self._version_seen: tuple[int, int] | None = None
+        if observer:
+            observer.name = self.name
 
     @property
     def name(self) -> str:
@@ -37,23 +52,44 @@ class Probe(nn.Module):
     @property
     def is_weight(self) -> bool:
         """Whether the value is a weight, which is observed once and again only after it was changed."""
-        return self.observer.base_name == "weight"
+        return self.view is not None
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether all that can be observed has been seen."""
+        return self.observer is None or self.observer.has_statistics
+
+    @property
+    def state(self) -> State:
+        """The observer's state; assign it to go back to an earlier one."""
+        return self.observer.state if self.observer else State()
+
+    @state.setter
+    def state(self, state: State) -> None:
+        if self.observer:
+            self.observer.state = state
+
+    @property
+    def waits_for_importance(self) -> bool:
+        """Whether the weight can be searched only after the activations were seen."""
+        return self.observer is not None and self.observer.needs_importance
 
     def forward(self, value: Tensor) -> Tensor:
         """Returns ``value`` as it is."""
-        if not (self.is_weight and self._is_known(value)):
-            try:
-                self.observer.observe(value)
-            except ValueError as error:
-                raise ValueError(f"{self.name}: {error}") from error
+        if self.observer is None or self.waits_for_importance or (self.is_weight and self._is_known(value)):
+            return value
+        try:
+            self.observer.observe(value)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
         return value
 
     def _is_known(self, weight: Tensor) -> bool:
         if torch.compiler.is_compiling():
-            return self.observer.has_statistics
+            return self.has_statistics
         # Inference tensors have no version: those are known by their place alone.
         version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        is_known = self.observer.has_statistics and version == self._version_seen
+        is_known = self.has_statistics and version == self._version_seen
         self._version_seen = version
         return is_known
 
@@ -62,11 +98,15 @@ class Probe(nn.Module):
         return self.name
 
 
-def find_probe(graph_module: GraphModule, node: object) -> Probe | None:
-    """The probe that ``node`` calls; None for everything else."""
+def _find_called(graph_module: GraphModule, node: object) -> nn.Module | None:
     if not isinstance(node, Node) or node.op != "call_module":
         return None
-    module = graph_module.get_submodule(str(node.target))
+    return graph_module.get_submodule(str(node.target))
+
+
+def find_probe(graph_module: GraphModule, node: object) -> Probe | None:
+    """The probe that ``node`` calls; None for everything else."""
+    module = _find_called(graph_module, node)
     return module if isinstance(module, Probe) else None
 
 
@@ -77,15 +117,61 @@ def find_probes(graph_module: GraphModule) -> Iterator[tuple[Node, Probe]]:
             yield node, probe
 
 
+def find_importances(graph_module: GraphModule) -> Iterator[tuple[Node, Importance]]:
+    """The nodes that measure how much each channel of an activation matters, in the graph's order."""
+    for node in graph_module.graph.nodes:
+        module = _find_called(graph_module, node)
+        if isinstance(module, Importance):
+            yield node, module
+
+
+def skip_probes(graph_module: GraphModule, value: object) -> object:
+    """What ``value`` was before probes and importances passed it on."""
+    while isinstance(value, Node) and isinstance(_find_called(graph_module, value), Probe | Importance):
+        value = value.args[0]
+    return value
+
+
 def observe_weights(graph_module: GraphModule) -> None:
     """Shows the weights' observers their weights, as running the graph would; known weights cost nothing."""
+    for probe, rows in _find_weights(graph_module).items():
+        probe(rows)
+
+
+def finish_weights(graph_module: GraphModule) -> None:
+    """What can be done with weights only after all data was seen: those that wait for it, and shared global scales.
+
+    Raises:
+        ValueError: an observer that needs importance and is strict about it.
+    """
+    weights = _find_weights(graph_module)
+    groups: defaultdict[str, list[Probe]] = defaultdict(list)
+    for probe, rows in weights.items():
+        assert probe.observer
+        if probe.waits_for_importance:
+            probe.observer.state = State()
+            probe.observer.observe(rows)
+        else:
+            probe(rows)
+        if probe.global_group and probe.observer.state.global_range is not None:
+            groups[probe.global_group].append(probe)
+    for probes in groups.values():
+        observers = [probe.observer for probe in probes if probe.observer]
+        ranges = [observer.state.global_range for observer in observers if observer.state.global_range]
+        shared = cover_ranges(ranges)
+        for probe, observer, own in zip(probes, observers, ranges, strict=True):
+            if not all(map(torch.equal, own, shared)):
+                observer.state = observer.update_with_global(State(), weights[probe], shared)
+
+
+def _find_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
+    """The rows that each weight's probe looks at."""
+    weights = {}
     for node, probe in find_probes(graph_module):
-        if probe.is_weight:
+        if probe.view:
             source = node.args[0]
+            while isinstance(source, Node) and source.op != "get_attr":
+                source = source.args[0]
             assert isinstance(source, Node)
-            if source.op == "get_attr":
-                probe(get_attribute(graph_module, str(source.target)))
-            else:  # a convolution's weight, as rows
-                parameter = source.args[0]
-                assert isinstance(parameter, Node)
-                probe(get_attribute(graph_module, str(parameter.target)).flatten(1))
+            weights[probe] = probe.view.apply(get_attribute(graph_module, str(source.target)))
+    return weights

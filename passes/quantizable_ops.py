@@ -1,10 +1,8 @@
-"""Which nodes can be quantized, and where their weight and input are."""
+"""Which nodes can be quantized, and where their weight and their activations are."""
 
-import functools
-import importlib
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,110 +10,164 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-__all__ = ["Argument", "QuantizableOp", "find_module", "find_op", "find_opaque_modules"]
+from fxmse.passes.attention import find_attention
+from fxmse.passes.base import get_attribute
+from fxmse.passes.movement import find_parameter
+from fxmse.passes.operation import Argument, Operand, Operation, Weight
+from fxmse.passes.stand_ins import find_call, find_module
+from fxmse.passes.weight_view import WeightView
+
+__all__ = ["find_opaque_modules", "find_operations"]
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Argument:
-    """Where a call has an argument: at a position or under a name."""
-
-    position: int
-    name: str
-
-    def get(self, node: Node) -> Any:
-        """The argument of ``node``."""
-        return node.args[self.position] if len(node.args) > self.position else node.kwargs.get(self.name)
-
-    def set(self, node: Node, value: Node) -> None:
-        """Replaces the argument, leaving the same node alone where it stands elsewhere in the call."""
-        if len(node.args) > self.position:
-            node.update_arg(self.position, value)
-        else:
-            node.update_kwarg(self.name, value)
-
-
-@dataclass(frozen=True)
-class QuantizableOp:
-    """An op with a weight.
-
-    Attributes:
-        class_name: the module class that stands for it in a config's targets.
-        weight: where the weight is.
-        input: where the activation is; None where it is no float (an embedding's indices).
-        is_convolution: the weight is (out, in / groups, *kernel) and is quantized as (out, the rest); the input's
-            channels are not its last dimension.
-    """
+class _Signature:
+    """Where an op's arguments are; ``layout`` is a :class:`WeightView` layout."""
 
     class_name: str
     weight: Argument
     input: Argument | None
-    is_convolution: bool = False
+    layout: str = "rows"
+    groups: Argument | None = None
 
 
-_LINEAR = QuantizableOp("Linear", Argument(1, "weight"), Argument(0, "input"))
-_CONVOLUTIONS = {
-    d: QuantizableOp(f"Conv{d}d", Argument(1, "weight"), Argument(0, "input"), is_convolution=True) for d in (1, 2, 3)
-}
+_INPUT = Argument(0, "input")
+_LINEAR = _Signature("Linear", Argument(1, "weight"), _INPUT)
 
-_OPS: dict[Callable[..., Any], QuantizableOp] = {
+
+def _convolution(dimensions: int) -> _Signature:
+    return _Signature(f"Conv{dimensions}d", Argument(1, "weight"), _INPUT, "convolution")
+
+
+def _transposed_convolution(dimensions: int) -> _Signature:
+    groups = Argument(6, "groups")
+    return _Signature(f"ConvTranspose{dimensions}d", Argument(1, "weight"), _INPUT, "transposed_convolution", groups)
+
+
+_WITH_WEIGHT: dict[Callable[..., Any], _Signature] = {
     F.linear: _LINEAR,
     aten.linear.default: _LINEAR,
-    F.embedding: QuantizableOp("Embedding", Argument(1, "weight"), None),
-    aten.embedding.default: QuantizableOp("Embedding", Argument(0, "weight"), None),
-    F.conv1d: _CONVOLUTIONS[1],
-    aten.conv1d.default: _CONVOLUTIONS[1],
-    aten.conv1d.padding: _CONVOLUTIONS[1],
-    F.conv2d: _CONVOLUTIONS[2],
-    aten.conv2d.default: _CONVOLUTIONS[2],
-    aten.conv2d.padding: _CONVOLUTIONS[2],
-    F.conv3d: _CONVOLUTIONS[3],
-    aten.conv3d.default: _CONVOLUTIONS[3],
-    aten.conv3d.padding: _CONVOLUTIONS[3],
+    F.embedding: _Signature("Embedding", Argument(1, "weight"), None),
+    aten.embedding.default: _Signature("Embedding", Argument(0, "weight"), None),
+    F.conv1d: _convolution(1),
+    aten.conv1d.default: _convolution(1),
+    aten.conv1d.padding: _convolution(1),
+    F.conv2d: _convolution(2),
+    aten.conv2d.default: _convolution(2),
+    aten.conv2d.padding: _convolution(2),
+    F.conv3d: _convolution(3),
+    aten.conv3d.default: _convolution(3),
+    aten.conv3d.padding: _convolution(3),
+    F.conv_transpose1d: _transposed_convolution(1),
+    aten.conv_transpose1d.default: _transposed_convolution(1),
+    F.conv_transpose2d: _transposed_convolution(2),
+    aten.conv_transpose2d.input: _transposed_convolution(2),
+    F.conv_transpose3d: _transposed_convolution(3),
+    aten.conv_transpose3d.input: _transposed_convolution(3),
+}
+
+# Matrix products. The second factor may be a weight (in, out), experts' (experts, in, out) or an activation.
+_MATMUL = _Signature("matmul", Argument(1, "other"), _INPUT, "columns")
+_MM = _Signature("mm", Argument(1, "mat2"), _INPUT, "columns")
+_BMM = _Signature("bmm", Argument(1, "mat2"), _INPUT, "columns")
+_ADDMM = _Signature("addmm", Argument(2, "mat2"), Argument(1, "mat1"), "columns")
+_BADDBMM = _Signature("baddbmm", Argument(2, "batch2"), Argument(1, "batch1"), "columns")
+_GROUPED_MM = _Signature("grouped_mm", Argument(1, "mat2"), Argument(0, "self"), "columns")
+_PRODUCTS: dict[Callable[..., Any] | str, _Signature] = {
+    **dict.fromkeys((torch.matmul, operator.matmul, aten.matmul.default, "matmul"), _MATMUL),
+    **dict.fromkeys((torch.mm, aten.mm.default, "mm"), _MM),
+    **dict.fromkeys((torch.bmm, aten.bmm.default, "bmm"), _BMM),
+    **dict.fromkeys((torch.addmm, aten.addmm.default, "addmm"), _ADDMM),
+    **dict.fromkeys((torch.baddbmm, aten.baddbmm.default, "baddbmm"), _BADDBMM),
+    **dict.fromkeys((aten._grouped_mm.default,), _GROUPED_MM),
+    **dict.fromkeys((F.grouped_mm, torch._grouped_mm), replace(_GROUPED_MM, weight=Argument(1, "mat_b"))),
 }
 
 
-def find_op(node: Node) -> QuantizableOp | None:
-    """What can be quantized of ``node``; None for every other node."""
-    return _OPS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+def find_operations(graph_module: GraphModule) -> list[Operation]:
+    """What can be quantized, in the graph's order."""
+    operations: list[Operation] = []
+    # A module's attention may be called again, but a second one in the same call is another.
+    attention_calls: set[str] = set()
+    for node in graph_module.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        call = find_call(node)
+        prefix = f"{node.name}_" if call in attention_calls else ""
+        if operands := find_attention(node, _get_factors, prefix):
+            attention_calls.add(call)
+            class_name = "scaled_dot_product_attention"
+            path, module = find_module(graph_module, node, class_name)
+            operations.append(Operation(node, class_name, path, module, False, None, operands))
+        if signature := _WITH_WEIGHT.get(node.target):
+            operations.append(_make_weighted(graph_module, node, signature))
+        elif signature := _PRODUCTS.get(node.target):
+            operations.append(_make_product(graph_module, node, signature))
+    attention_nodes = {
+        node for o in operations if o.is_attention for node in (o.node, *(operand.reader for operand in o.operands))
+    }
+    return [
+        replace(o, is_part_of_attention=o.node in attention_nodes and not o.is_attention and not o.has_weight)
+        for o in operations
+    ]
+
+
+def _get_factors(node: Node) -> tuple[Argument, Argument] | None:
+    signature = _PRODUCTS.get(node.target)
+    return (signature.input, signature.weight) if signature and signature.input else None
+
+
+def _make_weighted(graph_module: GraphModule, node: Node, signature: _Signature) -> Operation:
+    path, module = find_module(graph_module, node, signature.class_name)
+    operands: tuple[Operand, ...] = ()
+    if signature.input:
+        is_channels_last = signature.layout in ("rows", "columns")
+        operands = (Operand("input", node, signature.input, is_channels_last=is_channels_last),)
+    weight = _find_weight(graph_module, node, signature)
+    return Operation(node, signature.class_name, path, module, True, weight, operands)
+
+
+def _make_product(graph_module: GraphModule, node: Node, signature: _Signature) -> Operation:
+    weight = _find_weight(graph_module, node, signature)
+    if weight and isinstance(get_attribute(graph_module, str(weight.parameter.target)), nn.Parameter):
+        return _make_weighted(graph_module, node, replace(signature, class_name="Linear"))
+    assert signature.input
+    path, module = find_module(graph_module, node, signature.class_name)
+    # There may be many in a module, so each is told by its node's name.
+    operands = (
+        Operand("input", node, signature.input, f"{node.name}_"),
+        Operand("input", node, signature.weight, f"{node.name}_other_"),
+    )
+    return Operation(node, signature.class_name, path, module, False, None, operands)
+
+
+def _find_weight(graph_module: GraphModule, node: Node, signature: _Signature) -> Weight | None:
+    found = find_parameter(graph_module, node, signature.weight.get(node))
+    if not found:
+        return None
+    shape = get_attribute(graph_module, str(found.parameter.target)).shape
+    groups = signature.groups and signature.groups.get(node)
+    layout = signature.layout
+    if found.is_transposed:
+        layout = {"rows": "columns", "columns": "rows"}.get(layout, layout)
+    view = WeightView(layout, tuple(shape), groups or 1)
+    argument = signature.weight if found.reader is node else Argument(0, "input")
+    return Weight(found.parameter, found.reader, argument, view, found.is_observed)
 
 
 def find_opaque_modules(graph_module: GraphModule) -> dict[str, nn.Module]:
     """Modules that would be quantizable ops but are called as a whole, by path: their weights are not in the graph."""
-    classes = tuple(getattr(nn, op.class_name) for op in _OPS.values())
-    calls = graph_module.graph.find_nodes(op="call_module")
-    modules = {str(node.target): graph_module.get_submodule(str(node.target)) for node in calls}
-    return {path: module for path, module in modules.items() if isinstance(module, classes)}
+    classes = tuple(getattr(nn, signature.class_name) for signature in _WITH_WEIGHT.values())
+    return {
+        f"{path}.{name}".rstrip("."): module
+        for path, call in _list_calls(graph_module)
+        for name, module in call.named_modules()
+        if isinstance(module, classes)
+    }
 
 
-def find_module(graph_module: GraphModule, node: Node, op: QuantizableOp) -> tuple[str, nn.Module]:
-    """The dotted path and a stand-in of the module that ``node`` was traced from.
-
-    The stand-in has the class of the module (exported graphs know only its name), so that compressed-tensors can
-    match it. Where the class is not the op's own, as with a functional call in a module written by hand, it
-    answers to the op's class as well.
-    """
-    stack = node.meta.get("nn_module_stack") or {}
-    innermost: tuple[str, type | str] = next(reversed(stack.values()), ("", type(graph_module)))
-    path, module_class = innermost
-    path = re.sub(r"@\d+", "", path)  # torch.export numbers the calls of a module that is called again
-    return path, _make_stand_in(module_class, op.class_name)
-
-
-@functools.cache
-def _make_stand_in(module_class: type | str, op_class_name: str) -> nn.Module:
-    op_class = getattr(nn, op_class_name)
-    resolved = _resolve_class(module_class) if isinstance(module_class, str) else module_class
-    if not issubclass(resolved, op_class):
-        resolved = type(resolved.__name__, (resolved, op_class), {})
-    return object.__new__(resolved)
-
-
-def _resolve_class(qualified_name: str) -> type:
-    module_name, _, name = qualified_name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError):
-        found = None  # a class made inside a function, or in a module that is gone
-    return found if isinstance(found, type) and issubclass(found, nn.Module) else type(name, (nn.Module,), {})
+def _list_calls(graph_module: GraphModule) -> Iterator[tuple[str, nn.Module]]:
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        yield str(node.target), graph_module.get_submodule(str(node.target))

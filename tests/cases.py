@@ -41,6 +41,19 @@ ACTIVATION_ARGS = {
     "fp8_tensor": make_args(8, "float"),
     "int8_g32": make_args(8, strategy="group", group_size=32),
 }
+DYNAMIC_ARGS = {
+    "int8_token": make_args(8, strategy="token", dynamic=True),
+    "int8_asym_token": make_args(8, strategy="token", symmetric=False, dynamic=True),
+    "int4_token": make_args(4, strategy="token", dynamic=True),
+    "int8_dynamic_tensor": make_args(8, dynamic=True),
+    "int8_asym_dynamic_tensor": make_args(8, symmetric=False, dynamic=True),
+    "int4_asym_dynamic_g32": make_args(4, strategy="group", group_size=32, symmetric=False, dynamic=True),
+    "fp8_token": make_args(8, "float", "token", dynamic=True),
+    "fp8_dynamic_g32": make_args(8, "float", "group", group_size=32, dynamic=True),
+    "nvfp4_local": NVFP4.model_copy(update={"dynamic": "local"}),
+    "mxfp4_dynamic": MXFP4.model_copy(update={"dynamic": True}),
+    "mxfp8_dynamic": MXFP8.model_copy(update={"dynamic": True}),
+}
 
 
 def make_weight(kind: str, rows: int = 24, columns: int = 96, seed: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ def list_values(num_bits: int, type_: str) -> Tensor:
     """All values of a format, ascending; the position's parity is that of the mantissa."""
     if type_ == "int":
         return torch.arange(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1), dtype=torch.float64)
-    exponent_bits, mantissa_bits, bias, top = {8: (4, 3, 7, 448), 4: (2, 1, 1, 6)}[num_bits]
+    exponent_bits, mantissa_bits, bias, top = {8: (4, 3, 7, 448), 6: (2, 3, 1, 7.5), 4: (2, 1, 1, 6)}[num_bits]
     values = set()
     for exponent in range(2**exponent_bits):
         for mantissa in range(2**mantissa_bits):

@@ -1,7 +1,10 @@
 """Which module gets which scheme, against compressed-tensors itself."""
 
+import json
+
 import pytest
 import torch
+import yaml
 from cases import make_args
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
 from torch import nn
@@ -40,7 +43,7 @@ def test_matches_what_compressed_tensors_matches(schemes, ignore):
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *a, **k: None)
-        found = match_schemes(config, modules)
+        found = match_schemes(config, modules).modules
     apply_quantization_config(model, config, show_progress=False)
     expected = {n: m.quantization_scheme for n, m in modules.items() if hasattr(m, "quantization_scheme")}
     assert {n: s.weights.num_bits for n, s in found.items()} == {n: s.weights.num_bits for n, s in expected.items()}
@@ -70,14 +73,90 @@ def test_configs_come_as_a_config_a_scheme_or_a_preset():
     assert resolve_config(scheme("Linear", num_bits=3)).config_groups["group_0"].weights.num_bits == 3
     with pytest.raises(ValueError, match=r"config='W9A9': expected one of the presets .*W4A16"):
         resolve_config("W9A9")
-    with pytest.raises(TypeError, match="config is a dict"):
-        resolve_config({"num_bits": 8})
+    with pytest.raises(TypeError, match="config is a int"):
+        resolve_config(8)
+
+
+def make_full_config():
+    return QuantizationConfig(
+        config_groups={
+            "group_0": scheme("re:.*attention", num_bits=4),
+            "group_1": QuantizationScheme(
+                targets=["Linear"],
+                weights=make_args(8, "float", "block", block_structure=[4, 4], observer="mse"),
+                input_activations=make_args(8, "float", "group", group_size=4, dynamic=True),
+            ),
+        },
+        kv_cache_scheme=make_args(8, "float"),
+        ignore=["head"],
+    )
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml", "yml"])
+def test_configs_come_as_a_mapping_or_a_file_of_one(suffix, tmp_path):
+    config = make_full_config()
+    fields = json.loads(config.model_dump_json())
+    path = tmp_path / f"config.{suffix}"
+    for content in (fields, {"quantization_config": {**fields, "version": "0.19", "sparsity_config": {}}}):
+        path.write_text(json.dumps(content) if suffix == "json" else yaml.safe_dump(content))
+        for form in (content, path, str(path)):
+            assert resolve_config(form).model_dump() == config.model_dump()
+    one_scheme = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
+    assert resolve_config(one_scheme).config_groups["group_0"].weights.num_bits == 4
+    presets = {"config_groups": {"FP8": ["re:.*mlp"], "W4A16": ["Linear"]}}
+    assert resolve_config(presets).config_groups["FP8"].weights.type == "float"
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"num_bits": 8}, "config has num_bits: expected the fields of a QuantizationScheme, targets"),
+        ({"config_groups": {}, "ignored": ["head"]}, "config has ignored: expected the fields of a QuantizationConfig"),
+        ({"config_groups": {"W9A9": ["Linear"]}}, "Unknown preset scheme name W9A9"),
+        ({"config_groups": {"W8A8": ["Linear"]}, "transform_config": {"a": 1}}, "transform_config, which fxmse does"),
+        ({"targets": ["Linear"], "weights": {"num_bits": "many"}}, "num_bits"),
+        ({"targets": ["Linear"], "input_activations": {"strategy": "channel"}}, "strategy is not supported"),
+        ({"targets": ["Linear"]}, r"config_groups \['group_0'\] quantize nothing"),
+        ("missing.json", "config='missing.json' cannot be read"),
+    ],
+)
+def test_configs_that_say_something_else_are_named(config, named):
+    with pytest.raises(ValueError, match=named):
+        resolve_config(config)
+
+
+def test_files_that_hold_no_mapping_are_named(tmp_path):
+    for content, named in (("[1, 2]", "expected a mapping"), ("{", "cannot be read")):
+        path = tmp_path / "config.yaml"
+        path.write_text(content)
+        with pytest.raises(ValueError, match=named):
+            resolve_config(path)
+
+
+def test_ops_of_activations_get_schemes_without_weights_whose_target_is_narrow():
+    attention = type("Attention", (nn.Module,), {})()
+    modules = {"layer.attn.q_proj": nn.Linear(2, 2)}
+    functions = {("layer.attn", "scaled_dot_product_attention"): attention}
+
+    def match(*targets, **kwargs):
+        args = {"input_activations": make_args(8, "float"), **kwargs}
+        config = QuantizationConfig(config_groups={"a": QuantizationScheme(targets=list(targets), **args)})
+        return match_schemes(config, modules, functions)
+
+    for target in ("Attention", "layer.attn", "re:.*attn$"):
+        assert list(match(target).functions) == list(functions)
+        assert not match(target).modules
+    assert list(match("re:.*attn.*").modules) == ["layer.attn.q_proj"]
+    assert not match("re:.*attn.*").functions  # it matches the linear inside, too
+    assert not match("re:layer.*", "Linear").functions  # and this the layer around
+    assert not match("Attention", "Linear", weights=make_args()).functions
 
 
 def test_sites_have_names_and_default_observers():
     assert make_site("blocks.0.fc", "", "weight", make_args()).args.observer == "memoryless_mse"
     assert make_site("blocks.0.fc", "", "input", make_args()).args.observer == "mse"
     assert make_site("fc", "", "input", make_args(observer="minmax")).args.observer == "minmax"
+    assert make_site("fc", "", "input", make_args(dynamic=True)).args.observer is None
     assert Site("blocks.0.fc", "", "weight", make_args()).name == "blocks.0.fc.weight"
     assert Site("", "w1_", "input", make_args()).name == "w1_input"
 
@@ -85,11 +164,14 @@ def test_sites_have_names_and_default_observers():
 @pytest.mark.parametrize(
     ("role", "args", "named"),
     [
-        ("input", make_args(strategy="token", dynamic=True), "fc.input: dynamic=True formats are not calibrated"),
+        ("weight", make_args(dynamic=True), "fc.weight: dynamic=True: weights are static"),
+        ("weight", make_args(strategy="channel", actorder="weight"), "fc.weight: actorder=weight has no meaning here"),
+        ("output", make_args(3, "float", dynamic=True, zp_dtype=torch.int8), "fc.output: num_bits=3, type=float"),
+        ("input", make_args(4, symmetric=False, zp_dtype=torch.uint8), "fc.input: zp_dtype=torch.uint8 cannot hold"),
         ("weight", make_args(strategy="attn_head"), "fc.weight: strategy=attn_head makes no sense"),
         ("input", make_args(4, "float", symmetric=False, zp_dtype=torch.int8), "fc.input: symmetric=False"),
     ],
 )
-def test_sites_that_cannot_be_calibrated_are_named(role, args, named):
+def test_sites_that_cannot_be_quantized_are_named(role, args, named):
     with pytest.raises(ValueError, match=named):
         make_site("fc", "", role, args)

@@ -85,7 +85,12 @@ def test_group_size_that_does_not_divide_is_named():
         layout.qparam_shape(torch.Size((4, 40)))
 
 
-def test_blocks_of_other_than_two_dimensions_are_named():
+def test_blocks_are_of_the_last_two_dimensions():
     layout = Layout.of(make_args(strategy="block", block_structure=[4, 4]), "weight")
-    with pytest.raises(ValueError, match=r"2 dimensions, found shape \(2, 4, 4\)"):
-        layout.qparam_shape(torch.Size((2, 4, 4)))
+    with pytest.raises(ValueError, match=r"2 dimensions or more, found shape \(8,\)"):
+        layout.qparam_shape(torch.Size((8,)))
+    experts = torch.randn(3, 6, 8)
+    assert layout.qparam_shape(experts.shape) == (3, 2, 2)
+    tiles = torch.cat(list(layout.tiles(experts, 1000)), 1)
+    one_by_one = [tile for expert in experts for tile in layout.tiles(expert, 1000)]
+    assert torch.equal(tiles, torch.cat(one_by_one, 1))

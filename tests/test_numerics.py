@@ -11,7 +11,9 @@ from oracle import list_values, round_to
 from fxmse.numerics import Format, Grid, calculate_global_scale, calculate_scale_and_zero_point, round_scale
 
 
-@pytest.mark.parametrize(("num_bits", "type_"), [(b, "int") for b in range(2, 9)] + [(8, "float"), (4, "float")])
+@pytest.mark.parametrize(
+    ("num_bits", "type_"), [(b, "int") for b in range(2, 10)] + [(8, "float"), (6, "float"), (4, "float")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_grid_rounds_to_the_nearest_of_its_values(num_bits, type_, dtype):
     grid, values = Grid(num_bits, type_), list_values(num_bits, type_)
@@ -66,8 +68,8 @@ def test_stored_scale_is_never_zero_and_is_representable(scale, dtype):
 @pytest.mark.parametrize(
     ("kwargs", "named"),
     [
-        ({"num_bits": 6, "type": "float", "zp_dtype": FP8}, "num_bits=6"),
-        ({"num_bits": 16}, "num_bits=16"),
+        ({"num_bits": 5, "type": "float", "zp_dtype": FP8}, "num_bits=5"),
+        ({"num_bits": 17}, "num_bits=17"),
         ({"num_bits": 4, "type": "float", "symmetric": False}, "symmetric=False"),
         ({"num_bits": 8, "scale_dtype": torch.uint8}, "scale_dtype"),
     ],

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from cases import ACTIVATION_ARGS, NVFP4, WEIGHT_ARGS, make_args, make_weight
+from cases import ACTIVATION_ARGS, DYNAMIC_ARGS, NVFP4, WEIGHT_ARGS, make_args, make_weight
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle import fake_quantize as reference_fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 
 from fxmse.layout import Layout
 from fxmse.observers import Observer
-from fxmse.ops import FAKE_QUANTIZE, fake_quantize
+from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE, dynamic_fake_quantize, fake_quantize
 
 ALL_ARGS = {**WEIGHT_ARGS, "nvfp4": NVFP4}
 
@@ -137,3 +138,65 @@ def test_export_keeps_one_node_and_decomposes_on_demand(name, tmp_path):
     decomposed = program.run_decompositions()
     assert not any("fxmse" in str(n.target) for n in decomposed.graph.nodes)
     assert torch.equal(decomposed.module()(value), module(value))
+
+
+def list_dynamic_arguments(args, global_scale=None):
+    if args.dynamic == "local" and global_scale is None:
+        global_scale = torch.tensor([700.0])
+    scale_dtype = args.scale_dtype
+    return global_scale, args.num_bits, args.type, args.symmetric, args.strategy, args.group_size, scale_dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["normal", "heavy", "special"])
+@pytest.mark.parametrize("name", DYNAMIC_ARGS)
+def test_dynamic_equals_compressed_tensors_bit_for_bit(name, kind, dtype):
+    args, value = DYNAMIC_ARGS[name], make_weight(kind, rows=24, columns=96).to(dtype).reshape(2, 12, 96)
+    arguments = list_dynamic_arguments(args)
+    scale, zero_point = compute_dynamic_scales_and_zp(value, args, module=None, global_scale=arguments[0])
+    expected = reference_fake_quantize(value, scale, zero_point, args, global_scale=arguments[0])
+    found = dynamic_fake_quantize(value, *arguments)
+    # A zero point of 0 makes compressed-tensors add 0 to -0.
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["int8_token", "fp8_token", "int8_asym_token"])
+def test_a_row_is_a_token_whatever_the_other_dimensions(name):
+    value, arguments = torch.randn(2, 3, 4, 32), list_dynamic_arguments(DYNAMIC_ARGS[name])
+    expected = dynamic_fake_quantize(value.reshape(1, -1, 32), *arguments)
+    for shape in ((24, 32), (2, 3, 4, 32)):
+        assert torch.equal(dynamic_fake_quantize(value.reshape(shape), *arguments).flatten(), expected.flatten())
+
+
+@pytest.mark.parametrize("name", DYNAMIC_ARGS)
+def test_dynamic_fake_kernel_gradient_and_compilation(name):
+    args = DYNAMIC_ARGS[name]
+    arguments = list_dynamic_arguments(args)
+    value = torch.randn(2, 12, 96, requires_grad=True)
+    torch.library.opcheck(
+        DYNAMIC_FAKE_QUANTIZE,
+        (value, *arguments),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    weight = torch.randn(2, 12, 96)
+    (dynamic_fake_quantize(value, *arguments) * weight).sum().backward()
+    assert torch.equal(value.grad, weight)
+
+
+@pytest.mark.parametrize("name", ["int8_asym_token", "nvfp4_local", "mxfp4_dynamic", "fp8_dynamic_g32"])
+def test_dynamic_compiles_to_its_arithmetic_and_exports_as_one_node(name, tmp_path):
+    arguments, value = list_dynamic_arguments(DYNAMIC_ARGS[name]), torch.randn(2, 12, 96)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return dynamic_fake_quantize(x, *arguments) + 0
+
+    result, (code,) = run_and_get_code(torch.compile(Module(), fullgraph=True), value)
+    assert "fxmse" not in code
+    torch.testing.assert_close(result, Module()(value), rtol=1e-6, atol=0)
+    program = torch.export.export(Module(), (value,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    assert [n.target for n in program.graph.nodes].count(DYNAMIC_FAKE_QUANTIZE) == 1
+    torch.export.save(program, tmp_path / "module.pt2")
+    other = torch.randn(3, 12, 96)
+    assert torch.equal(torch.export.load(tmp_path / "module.pt2").module()(other), Module()(other))

@@ -432,7 +432,11 @@ def test_what_stays_float_is_said_once():
         (make_config(weights={"num_bits": 8, "observer": "mesh"}), "query.weight: observer='mesh'"),
         (make_config(weights={"observer_kwargs": {"gird": 3}}), "query.weight: .*no argument 'gird'"),
         (make_config("LSTM"), r"targets \['LSTM'\].*matched nothing.*Embedding \(embedding\), Linear \(head\)"),
-        (make_config(inputs={"strategy": "token", "dynamic": True}), "query.input: dynamic=True"),
+        (make_config(weights={"dynamic": True}), "query.weight: dynamic=True: weights are static"),
+        (
+            make_config(weights={"num_bits": 4, "strategy": "group", "group_size": 5}, ignore=["query"]),
+            r"cannot be quantized so:\n  key.weight: group_size=5 .*\n  head.weight: group_size=5",
+        ),
     ],
 )
 def test_insert_observers_names_what_does_not_fit_and_changes_nothing(config, named):
@@ -463,9 +467,7 @@ def test_fold_names_all_that_saw_nothing_and_changes_nothing():
     graph_module = torch.fx.symbolic_trace(Attention())
     InsertObservers(W8A8)(graph_module)
     before = print_graph(graph_module)
-    with pytest.raises(
-        ValueError, match=r"seen by query.weight; query.input, key.input; key.weight; head.weight; head"
-    ):
+    with pytest.raises(ValueError, match=r"seen by query.input, key.input; head.input: run"):
         FoldFakeQuant()(graph_module)
     assert print_graph(graph_module) == before
 

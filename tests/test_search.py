@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 import fxmse.search as search_module
 from fxmse.layout import Layout
 from fxmse.numerics import Format, calculate_global_scale
-from fxmse.search import SearchOptions, measure_range, search, search_global_range
+from fxmse.search import SearchOptions, measure_range, search
 
 # A tie: the contract leaves either candidate to be chosen.
 TIE = 1e-6
@@ -32,7 +32,8 @@ def assert_follows_contract(weight, args, options, global_scale=None, optimize_g
     """Each group's step is the contract's, or one whose float64 error ties with it."""
     layout = Layout.of(args, "weight")
     if optimize_global_scale:
-        found = search_global_range(weight, Format.of(args), layout, options)
+        one_group = layout.as_one_group()
+        found = search(weight, Format.of(args), one_group, options, optimize_global_scale=True)
         groups = weight.reshape(1, -1)
     else:
         found = search(weight, Format.of(args), layout, options, global_scale=global_scale)

@@ -1,0 +1,196 @@
+"""MSE observers of weights whose errors count by how large the activations are that they are multiplied with."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor, nn
+
+from fxmse.observers import MSEObserver, MSEOptions, Observer
+from fxmse.search import check_argument
+
+__all__ = [
+    "IMatrixMSEObserver",
+    "Importance",
+    "ImportanceMSEOptions",
+    "ImportanceState",
+    "NVFP4ExpandedIMatrixObserver",
+]
+
+_STRATEGIES = ("channel", "group", "tensor_group")
+
+
+class ImportanceState(NamedTuple):
+    """What an :class:`Importance` keeps; None before the first value.
+
+    Attributes:
+        squares: the sum of each channel's, float64, shape (channels,).
+        num_tokens: float64, no dimension.
+    """
+
+    squares: Tensor | None = None
+    num_tokens: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are there."""
+        return [tensor for tensor in self if tensor is not None]
+
+
+class Importance(nn.Module):
+    """Adds up x ** 2 of each channel of the values that it is shown, and passes them on.
+
+    In a graph it is the node on the value that feeds a weight's op.
+    """
+
+    squares: Tensor | None
+    num_tokens: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("squares", None)
+        self.register_buffer("num_tokens", None)
+
+    @property
+    def state(self) -> ImportanceState:
+        """What has been kept so far; assign it to go back to an earlier state."""
+        return ImportanceState(self.squares, self.num_tokens)
+
+    @state.setter
+    def state(self, state: ImportanceState) -> None:
+        self.squares, self.num_tokens = state
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns ``x`` as it is.
+
+        Args:
+            x: float, shape (..., channels).
+            mask: bool or numbers, shape (...) or what broadcasts to it; where it is 0, x is padding and is left out.
+        """
+        squares = x.detach().double().square()
+        if mask is None:
+            # One element makes the count a tensor of x's device without waiting for it.
+            num_tokens = squares.new_ones(()) * (x.numel() // x.shape[-1])
+        else:
+            is_kept = mask.bool().expand(x.shape[:-1])
+            # Padding may be anything, NaN, too.
+            squares = torch.where(is_kept[..., None], squares, 0.0)
+            num_tokens = is_kept.sum().double()
+        total = squares.reshape(-1, x.shape[-1]).sum(0)
+        self.squares = total if self.squares is None else self.squares + total
+        self.num_tokens = num_tokens if self.num_tokens is None else self.num_tokens + num_tokens
+        return x
+
+    def mean(self) -> Tensor | None:
+        """E[x ** 2] of each channel, float32, shape (channels,); None where nothing was seen."""
+        if self.squares is None or self.num_tokens is None or not self.num_tokens:
+            return None
+        return (self.squares / self.num_tokens).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceMSEOptions(MSEOptions):
+    """Arguments of a weighted MSE search.
+
+    Attributes:
+        maxshrink: in [0, 1]; the end point is a candidate, too, so that there are maxshrink * grid + 1, at least 2.
+        patience: 0 switches it off.
+        strict: raise where there is no importance to search with, instead of warning and searching without.
+        mask: the name of the graph's input that is 0 where a token is padding (``attention_mask``), shape
+            (batch, tokens).
+    """
+
+    maxshrink: float = 0.95
+    patience: int = 5
+    grid: float = 20.0
+    norm: float = 3.0
+    strict: bool = False
+    mask: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the argument that is out of range."""
+        super().__post_init__()
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"strict={self.strict!r}: expected True or False")
+        if self.mask is not None and not isinstance(self.mask, str):
+            raise ValueError(f"mask={self.mask!r}: expected the name of one of the graph's inputs")
+
+    def _check_limits(self) -> None:
+        check_argument("maxshrink", self.maxshrink, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+        check_argument("patience", self.patience, "a whole number of at least 0", lambda v: v >= 0 and v == int(v))
+
+    def _count_steps(self, num_shrinks: int) -> int:
+        return max(1, num_shrinks) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpandedImportanceMSEOptions(ImportanceMSEOptions):
+    """Arguments of a weighted MSE search from 1.8 times down to .8 times the value's range."""
+
+    maxshrink: float = 1 - 0.8 / 1.8
+    patience: int = 1000
+    grid: float = 200.0
+    norm: float = 2.4
+    expand: float = 1.8
+
+
+@Observer.register("imatrix_mse")
+class IMatrixMSEObserver(MSEObserver):
+    """``memoryless_mse`` for weights, each error times E[x ** 2] of its input channel (:class:`ImportanceMSEOptions`).
+
+    Show ``importance`` the activations, then the observer the weight. Without importance that can be used the errors
+    count alike, and a warning says why; where ``strict``, that is a ValueError.
+
+    Source: llm-compressor 0.14 ``IMatrixMSEObserver``.
+    """
+
+    options_class = ImportanceMSEOptions
+    needs_importance = True
+
+    def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
+        super().__init__(base_name, args, **observer_kwargs)
+        self.importance = Importance()
+
+    def observe(self, value: Tensor) -> None:
+        """As :meth:`Observer.observe`; says why where there is no importance to search with."""
+        if reason := self._find_fault(value):
+            message = f"{self.name or self.base_name}: {type(self).__name__} has {reason}"
+            if self.options.strict:
+                raise ValueError(message)
+            warnings.warn(f"{message}: all errors count alike", UserWarning, stacklevel=2)
+        super().observe(value)
+
+    def find_importance(self, value: Tensor) -> Tensor | None:
+        """E[x ** 2] of each channel by its mean over them, float32; None where it cannot be used."""
+        mean = self.importance.mean()
+        if mean is None or self._find_fault(value):
+            return None
+        return (mean / (mean.mean() + torch.finfo(torch.float32).tiny)).to(value.device)
+
+    def _find_fault(self, value: Tensor) -> str | None:
+        """Why the importance cannot be used."""
+        if self.base_name != "weight":
+            return f"no meaning for a value of role {self.base_name}: expected a weight"
+        if self.layout.strategy not in _STRATEGIES:
+            return f"no meaning for strategy={self.layout.strategy}: expected {', '.join(_STRATEGIES)}"
+        mean = self.importance.mean()
+        if mean is None:
+            return "seen no activations: run calibration data through the graph first"
+        if len(mean) != value.shape[-1]:
+            return f"seen activations of {len(mean)} channels, where the weight has {value.shape[-1]}"
+        faults: Iterable[tuple[Tensor, str]] = (
+            (~mean.isfinite().all(), "seen activations that are not finite"),
+            ((mean == 0).all(), "seen activations that are all 0"),
+        )
+        return next((fault for is_so, fault in faults if is_so), None)
+
+
+@Observer.register("nvfp4_expanded_imatrix")
+class NVFP4ExpandedIMatrixObserver(IMatrixMSEObserver):
+    """``imatrix_mse`` over the ranges that serve NVFP4 best (:class:`ExpandedImportanceMSEOptions`)."""
+
+    options_class = ExpandedImportanceMSEOptions

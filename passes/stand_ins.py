@@ -1,0 +1,47 @@
+"""The modules that nodes were traced from, as compressed-tensors' matching wants to see them."""
+
+import functools
+import importlib
+import re
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+__all__ = ["find_call", "find_module"]
+
+
+def find_call(node: Node) -> str:
+    """The module call that ``node`` belongs to; torch.export numbers the calls of a module that is called again."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next(reversed(stack.values()), ("", ""))[0]
+
+
+def find_module(graph_module: GraphModule, node: Node, class_name: str) -> tuple[str, nn.Module]:
+    """The dotted path and a stand-in of the module that ``node`` was traced from.
+
+    The stand-in has the class of the module (exported graphs know only its name), so that compressed-tensors can
+    match it. Where the class is not the op's own, as with a functional call in a module written by hand, it
+    answers to the op's class as well.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    innermost: tuple[str, type | str] = next(reversed(stack.values()), ("", type(graph_module)))
+    path, module_class = innermost
+    return re.sub(r"@\d+", "", path), _make_stand_in(module_class, class_name)
+
+
+@functools.cache
+def _make_stand_in(module_class: type | str, op_class_name: str) -> nn.Module:
+    op_class = getattr(nn, op_class_name, None) or type(op_class_name, (nn.Module,), {})
+    resolved = _resolve_class(module_class) if isinstance(module_class, str) else module_class
+    if not issubclass(resolved, op_class):
+        resolved = type(resolved.__name__, (resolved, op_class), {})
+    return object.__new__(resolved)
+
+
+def _resolve_class(qualified_name: str) -> type:
+    module_name, _, name = qualified_name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError):
+        found = None  # a class made inside a function, or in a module that is gone
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else type(name, (nn.Module,), {})
