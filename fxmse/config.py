@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -184,23 +184,23 @@ def _parse(fields: Mapping[str, Any]) -> QuantizationConfig | QuantizationScheme
         raise ValueError(f"config: {error}") from None
 
 
+Modules: TypeAlias = Mapping[tuple[str, str], nn.Module]
+"""Modules that hold ops which can be quantized, by dotted path and the op's class or function name."""
+
+
 class Matches(NamedTuple):
-    """Which scheme each op gets.
+    """Which scheme each op gets, by its module's path and its class or function name.
 
     Attributes:
-        modules: of modules with a weight, by path.
-        functions: of ops that have activations only, by their module's path and their function's name.
+        modules: of ops with a weight.
+        functions: of ops that have activations only.
     """
 
-    modules: dict[str, QuantizationScheme]
+    modules: dict[tuple[str, str], QuantizationScheme]
     functions: dict[tuple[str, str], QuantizationScheme]
 
 
-def match_schemes(
-    config: QuantizationConfig,
-    modules: Mapping[str, nn.Module],
-    functions: Mapping[tuple[str, str], nn.Module] | None = None,
-) -> Matches:
+def match_schemes(config: QuantizationConfig, modules: Modules, functions: Modules) -> Matches:
     """The scheme of each module that the config targets and does not ignore.
 
     Ops of activations only (attention, matrix products) get a scheme without weights whose target names them
@@ -209,32 +209,31 @@ def match_schemes(
 
     Args:
         config: the config.
-        modules: by dotted path, those that hold an op with a weight.
-        functions: the modules that ops of activations only belong to, by dotted path and the function's name.
+        modules: those with ops that have a weight.
+        functions: those with ops of activations only.
 
     Raises:
         ValueError: nothing is left to quantize.
     """
-    functions = functions or {}
     schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
     ignore = config.ignore or []
     matched = Matches({}, {})
-    for path, module in modules.items():
-        targets = match_targets(path, module, schemes)
+    for key, module in modules.items():
         # The first target is the most specific: a name, then an expression, then a class.
-        if targets and not is_match(path, module, ignore):
-            matched.modules[path] = schemes[targets[0]]
-    for (path, name), module in functions.items():
+        targets = match_targets(key[0], module, schemes)
+        if targets and not is_match(key[0], module, ignore):
+            matched.modules[key] = schemes[targets[0]]
+    for key, module in functions.items():
         targets = [
             target
-            for target in match_targets(path, module, schemes)
-            if not schemes[target].weights and _is_narrow(target, path, modules)
+            for target in match_targets(key[0], module, schemes)
+            if not schemes[target].weights and _is_narrow(target, key[0], modules)
         ]
-        if targets and not is_match(path, module, ignore):
-            matched.functions[path, name] = schemes[targets[0]]
-    everything = [*modules.items(), *((path, module) for (path, _), module in functions.items())]
+        if targets and not is_match(key[0], module, ignore):
+            matched.functions[key] = schemes[targets[0]]
+    everything = {**modules, **functions}
     if not matched.modules and not matched.functions and not config.kv_cache_scheme:
-        found = sorted({f"{type(module).__name__} ({path or 'root'})" for path, module in everything})
+        found = sorted({f"{type(module).__name__} ({path or 'root'})" for (path, _), module in everything.items()})
         raise ValueError(
             f"targets {list(schemes)} (ignoring {ignore}) matched nothing: the graph's modules that can be quantized "
             f"are {', '.join(found) if found else 'none'}"
@@ -245,11 +244,11 @@ def match_schemes(
     return matched
 
 
-def _matches_any(pattern: str, modules: Iterable[tuple[str, nn.Module]]) -> bool:
-    return any(is_match(path, module, pattern) for path, module in modules)
+def _matches_any(pattern: str, modules: Modules) -> bool:
+    return any(is_match(path, module, pattern) for (path, _), module in modules.items())
 
 
-def _is_narrow(target: str, path: str, modules: Mapping[str, nn.Module]) -> bool:
+def _is_narrow(target: str, path: str, modules: Modules) -> bool:
     """Whether ``target``, which matches the module at ``path``, matches neither its parent's name nor its children."""
-    children = ((child, module) for child, module in modules.items() if child.startswith(f"{path}."))
+    children = {key: module for key, module in modules.items() if key[0].startswith(f"{path}.")}
     return not is_match(path.rpartition(".")[0], nn.Module(), target) and not _matches_any(target, children)

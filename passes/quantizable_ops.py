@@ -68,6 +68,8 @@ _WITH_WEIGHT: dict[Callable[..., Any], _Signature] = {
     aten.conv_transpose3d.input: _transposed_convolution(3),
 }
 
+_UNSQUEEZES = (torch.unsqueeze, aten.unsqueeze.default, "unsqueeze")
+
 # Matrix products. The second factor may be a weight (in, out), experts' (experts, in, out) or an activation.
 _MATMUL = _Signature("matmul", Argument(1, "other"), _INPUT, "columns")
 _MM = _Signature("mm", Argument(1, "mat2"), _INPUT, "columns")
@@ -75,6 +77,8 @@ _BMM = _Signature("bmm", Argument(1, "mat2"), _INPUT, "columns")
 _ADDMM = _Signature("addmm", Argument(2, "mat2"), Argument(1, "mat1"), "columns")
 _BADDBMM = _Signature("baddbmm", Argument(2, "batch2"), Argument(1, "batch1"), "columns")
 _GROUPED_MM = _Signature("grouped_mm", Argument(1, "mat2"), Argument(0, "self"), "columns")
+# By its name, since it is there only once transformers is imported, which registers it for devices without grouped_mm.
+_GROUPED_MM_FALLBACK = "transformers.grouped_mm_fallback.default"
 _PRODUCTS: dict[Callable[..., Any] | str, _Signature] = {
     **dict.fromkeys((torch.matmul, operator.matmul, aten.matmul.default, "matmul"), _MATMUL),
     **dict.fromkeys((torch.mm, aten.mm.default, "mm"), _MM),
@@ -83,6 +87,7 @@ _PRODUCTS: dict[Callable[..., Any] | str, _Signature] = {
     **dict.fromkeys((torch.baddbmm, aten.baddbmm.default, "baddbmm"), _BADDBMM),
     **dict.fromkeys((aten._grouped_mm.default,), _GROUPED_MM),
     **dict.fromkeys((F.grouped_mm, torch._grouped_mm), replace(_GROUPED_MM, weight=Argument(1, "mat_b"))),
+    _GROUPED_MM_FALLBACK: replace(_GROUPED_MM, input=Argument(0, "input"), weight=Argument(1, "weight")),
 }
 
 
@@ -103,7 +108,7 @@ def find_operations(graph_module: GraphModule) -> list[Operation]:
             operations.append(Operation(node, class_name, path, module, False, None, operands))
         if signature := _WITH_WEIGHT.get(node.target):
             operations.append(_make_weighted(graph_module, node, signature))
-        elif signature := _PRODUCTS.get(node.target):
+        elif signature := _find_product(node):
             operations.append(_make_product(graph_module, node, signature))
     attention_nodes = {
         node for o in operations if o.is_attention for node in (o.node, *(operand.reader for operand in o.operands))
@@ -115,25 +120,34 @@ def find_operations(graph_module: GraphModule) -> list[Operation]:
 
 
 def _get_factors(node: Node) -> tuple[Argument, Argument] | None:
-    signature = _PRODUCTS.get(node.target)
+    signature = _find_product(node)
     return (signature.input, signature.weight) if signature and signature.input else None
 
 
+def _find_product(node: Node) -> _Signature | None:
+    return _PRODUCTS.get(node.target) or _PRODUCTS.get(str(node.target))
+
+
 def _make_weighted(graph_module: GraphModule, node: Node, signature: _Signature) -> Operation:
-    path, module = find_module(graph_module, node, signature.class_name)
+    weight = _find_weight(graph_module, node, signature)
+    parameter = str(weight.parameter.target) if weight else None
+    path, module = find_module(graph_module, node, signature.class_name, parameter)
     operands: tuple[Operand, ...] = ()
     if signature.input:
         is_channels_last = signature.layout in ("rows", "columns")
         operands = (Operand("input", node, signature.input, is_channels_last=is_channels_last),)
-    weight = _find_weight(graph_module, node, signature)
     return Operation(node, signature.class_name, path, module, True, weight, operands)
 
 
 def _make_product(graph_module: GraphModule, node: Node, signature: _Signature) -> Operation:
-    weight = _find_weight(graph_module, node, signature)
-    if weight and isinstance(get_attribute(graph_module, str(weight.parameter.target)), nn.Parameter):
-        return _make_weighted(graph_module, node, replace(signature, class_name="Linear"))
     assert signature.input
+    if _is_parameter(graph_module, node, signature):
+        return _make_weighted(graph_module, node, replace(signature, class_name="Linear"))
+    # Weights (out, in) on the left, times columns of activations.
+    swapped = replace(signature, class_name="Linear", weight=signature.input, input=signature.weight, layout="rows")
+    if _is_parameter(graph_module, node, swapped):
+        operation = _make_weighted(graph_module, node, swapped)
+        return replace(operation, operands=(_look_through_column(signature.weight, node),))
     path, module = find_module(graph_module, node, signature.class_name)
     # There may be many in a module, so each is told by its node's name.
     operands = (
@@ -141,6 +155,21 @@ def _make_product(graph_module: GraphModule, node: Node, signature: _Signature) 
         Operand("input", node, signature.weight, f"{node.name}_other_"),
     )
     return Operation(node, signature.class_name, path, module, False, None, operands)
+
+
+def _is_parameter(graph_module: GraphModule, node: Node, signature: _Signature) -> bool:
+    """Whether the factor is a parameter, and no constant such as the frequencies of rotary embeddings."""
+    found = find_parameter(graph_module, node, signature.weight.get(node))
+    return found is not None and isinstance(get_attribute(graph_module, str(found.parameter.target)), nn.Parameter)
+
+
+def _look_through_column(argument: Argument, node: Node) -> Operand:
+    """The right factor; where it is one column, the vector that it was, whose last dimension is the channels'."""
+    column = argument.get(node)
+    is_unsqueezed = isinstance(column, Node) and column.target in _UNSQUEEZES and column.args[1:] == (-1,)
+    if is_unsqueezed:
+        return Operand("input", column, Argument(0, "input"))
+    return Operand("input", node, argument, is_channels_last=False)
 
 
 def _find_weight(graph_module: GraphModule, node: Node, signature: _Signature) -> Weight | None:
@@ -157,11 +186,15 @@ def _find_weight(graph_module: GraphModule, node: Node, signature: _Signature) -
     return Weight(found.parameter, found.reader, argument, view, found.is_observed)
 
 
-def find_opaque_modules(graph_module: GraphModule) -> dict[str, nn.Module]:
-    """Modules that would be quantizable ops but are called as a whole, by path: their weights are not in the graph."""
-    classes = tuple(getattr(nn, signature.class_name) for signature in _WITH_WEIGHT.values())
+def find_opaque_modules(graph_module: GraphModule) -> dict[tuple[str, str], nn.Module]:
+    """Modules that would be quantizable ops but are called as a whole, by path and class.
+
+    Their weights are not in the graph.
+    """
+    names = {signature.class_name for signature in _WITH_WEIGHT.values()}
+    classes = tuple(getattr(nn, name) for name in sorted(names))
     return {
-        f"{path}.{name}".rstrip("."): module
+        (f"{path}.{name}".rstrip("."), type(module).__name__): module
         for path, call in _list_calls(graph_module)
         for name, module in call.named_modules()
         if isinstance(module, classes)

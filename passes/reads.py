@@ -53,10 +53,10 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
     opaque = find_opaque_modules(graph_module)
     matches = match_schemes(
         config,
-        {**{operation.path: operation.module for operation in operations if operation.has_weight}, **opaque},
+        {**{(o.path, o.class_name): o.module for o in operations if o.has_weight}, **opaque},
         {(o.path, o.class_name): o.module for o in operations if not o.has_weight},
     )
-    hidden = [path for path in opaque if path in matches.modules]
+    hidden = [key[0] for key in opaque if key in matches.modules]
     left_in_float = [f"{path} (its hooks, options or own forward hide its weight)" for path in hidden]
     refused, reads = [], []
     for operation in operations:
@@ -83,7 +83,7 @@ def _find_scheme(
     operation: Operation, matches: Matches, kv_cache_scheme: QuantizationArgs | None
 ) -> QuantizationScheme | None:
     if operation.has_weight:
-        return matches.modules.get(operation.path)
+        return matches.modules.get((operation.path, operation.class_name))
     scheme = matches.functions.get((operation.path, operation.class_name))
     if scheme and operation.is_part_of_attention and operation.class_name not in scheme.targets:
         return None  # a target that names the module means its attention

@@ -16,17 +16,30 @@ def find_call(node: Node) -> str:
     return next(reversed(stack.values()), ("", ""))[0]
 
 
-def find_module(graph_module: GraphModule, node: Node, class_name: str) -> tuple[str, nn.Module]:
+def find_module(
+    graph_module: GraphModule, node: Node, class_name: str, parameter: str | None = None
+) -> tuple[str, nn.Module]:
     """The dotted path and a stand-in of the module that ``node`` was traced from.
 
     The stand-in has the class of the module (exported graphs know only its name), so that compressed-tensors can
     match it. Where the class is not the op's own, as with a functional call in a module written by hand, it
-    answers to the op's class as well.
+    answers to the op's class as well. A module that calls an op with the parameter of a module inside it is taken for
+    that one.
+
+    Args:
+        graph_module: the graph.
+        node: the node.
+        class_name: the op's class.
+        parameter: the dotted path of its weight.
     """
     stack = node.meta.get("nn_module_stack") or {}
     innermost: tuple[str, type | str] = next(reversed(stack.values()), ("", type(graph_module)))
     path, module_class = innermost
-    return re.sub(r"@\d+", "", path), _make_stand_in(module_class, class_name)
+    path = re.sub(r"@\d+", "", path)
+    owner = parameter.rpartition(".")[0] if parameter else path
+    if owner != path and f"{owner}.".startswith(f"{path}." if path else ""):
+        return owner, _make_stand_in(class_name, class_name)
+    return path, _make_stand_in(module_class, class_name)
 
 
 @functools.cache

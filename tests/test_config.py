@@ -22,6 +22,10 @@ class Model(nn.Module):
         self.head = nn.Linear(8, 8)
 
 
+def find_modules(model, classes):
+    return {(n, type(m).__name__): m for n, m in model.named_modules() if isinstance(m, classes)}
+
+
 def scheme(*targets, num_bits=8):
     return QuantizationScheme(targets=list(targets), weights=make_args(num_bits, strategy="channel"))
 
@@ -40,30 +44,30 @@ def scheme(*targets, num_bits=8):
 def test_matches_what_compressed_tensors_matches(schemes, ignore):
     config = QuantizationConfig(config_groups={f"group_{i}": s for i, s in enumerate(schemes)}, ignore=ignore)
     model = Model()
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    modules = find_modules(model, nn.Linear | nn.Embedding)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *a, **k: None)
-        found = match_schemes(config, modules).modules
+        found = match_schemes(config, modules, {}).modules
     apply_quantization_config(model, config, show_progress=False)
-    expected = {n: m.quantization_scheme for n, m in modules.items() if hasattr(m, "quantization_scheme")}
+    expected = {key: m.quantization_scheme for key, m in modules.items() if hasattr(m, "quantization_scheme")}
     assert {n: s.weights.num_bits for n, s in found.items()} == {n: s.weights.num_bits for n, s in expected.items()}
 
 
 def test_targets_and_ignores_that_match_nothing_are_named_once():
     config = QuantizationConfig(config_groups={"a": scheme("Linear", "Conv2d")}, ignore=["lm_head", "head"])
-    modules = {n: m for n, m in Model().named_modules() if isinstance(m, nn.Linear)}
+    modules = find_modules(Model(), nn.Linear)
     with pytest.warns(UserWarning, match="matched no module: Conv2d, lm_head$") as caught:
-        match_schemes(config, modules)
+        match_schemes(config, modules, {})
     assert len(caught) == 1
 
 
 def test_a_config_that_matches_nothing_is_an_error():
     config = QuantizationConfig(config_groups={"a": scheme("Conv2d")}, ignore=["head"])
-    modules = {"fc": nn.Linear(2, 2)}
+    modules = {("fc", "Linear"): nn.Linear(2, 2)}
     with pytest.raises(ValueError, match=r"targets \['Conv2d'\].*matched nothing.*Linear \(fc\)"):
-        match_schemes(config, modules)
+        match_schemes(config, modules, {})
     with pytest.raises(ValueError, match="can be quantized are none"):
-        match_schemes(config, {})
+        match_schemes(config, {}, {})
 
 
 def test_configs_come_as_a_config_a_scheme_or_a_preset():
@@ -135,7 +139,7 @@ def test_files_that_hold_no_mapping_are_named(tmp_path):
 
 def test_ops_of_activations_get_schemes_without_weights_whose_target_is_narrow():
     attention = type("Attention", (nn.Module,), {})()
-    modules = {"layer.attn.q_proj": nn.Linear(2, 2)}
+    modules = {("layer.attn.q_proj", "Linear"): nn.Linear(2, 2)}
     functions = {("layer.attn", "scaled_dot_product_attention"): attention}
 
     def match(*targets, **kwargs):
@@ -146,7 +150,7 @@ def test_ops_of_activations_get_schemes_without_weights_whose_target_is_narrow()
     for target in ("Attention", "layer.attn", "re:.*attn$"):
         assert list(match(target).functions) == list(functions)
         assert not match(target).modules
-    assert list(match("re:.*attn.*").modules) == ["layer.attn.q_proj"]
+    assert list(match("re:.*attn.*").modules) == list(modules)
     assert not match("re:.*attn.*").functions  # it matches the linear inside, too
     assert not match("re:layer.*", "Linear").functions  # and this the layer around
     assert not match("Attention", "Linear", weights=make_args()).functions

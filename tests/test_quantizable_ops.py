@@ -83,6 +83,13 @@ OPS = {
     "bmm": (Functional((2, 4, 6), lambda m, x: torch.bmm(x, m.weight)), X3, "columns", 1),
     "bmm of a transpose": (Functional((2, 6, 4), lambda m, x: torch.bmm(x, m.weight.transpose(1, 2))), X3, "rows", 1),
     "baddbmm": (Functional((2, 4, 6), lambda m, x: torch.baddbmm(m.bias, x, m.weight)), X3, "columns", 1),
+    "bmm on the left": (
+        Functional((3, 6, 4), lambda m, x: torch.bmm(m.weight[[0, 2]], x.unsqueeze(-1)).squeeze(-1)),
+        X3[:, 0],
+        "rows",
+        1,
+    ),
+    "matmul on the left": (Functional((6, 4), lambda m, x: m.weight @ x.transpose(1, 2)), X, "rows", 1),
     "Conv1d": (wrap(nn.Conv1d(4, 6, 3, groups=2)), IMAGE[..., 0], "convolution", 2),
     "Conv2d": (wrap(nn.Conv2d(4, 6, 3)), IMAGE, "convolution", 1),
     "Conv3d": (wrap(nn.Conv3d(1, 6, 2)), IMAGE[:, None], "convolution", 1),

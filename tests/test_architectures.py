@@ -1,0 +1,86 @@
+"""Whole models: the folded graph against compressed-tensors quantizing the model itself with the same qparams."""
+
+import functools
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from cases import make_args
+from compressed import apply_qparams
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
+from torch.utils._pytree import tree_leaves
+
+import fxmse
+from fxmse.ops import is_fake_quantize
+
+EXPORTING = [name for name, architecture in ARCHITECTURES.items() if not architecture.reason]
+FORMATS = {
+    "W8A8 static": QuantizationScheme(
+        targets=["Linear"],
+        weights=make_args(8, strategy="channel"),
+        input_activations=make_args(8, symmetric=False),
+    ),
+    **{name: preset_name_to_scheme(name, ["Linear"]) for name in ("W4A16", "FP8", "NVFP4")},
+}
+# Projections from 8 channels, which no group size of these formats divides, and weights of blocks, whose inputs cannot
+# be reached from outside of the module.
+IGNORED = ["re:.*dt_proj$", "re:.*rg_lru$"]
+
+
+def make_config(format_name):
+    """The format on every linear, on experts' weights, and, where it has no groups, on convolutions."""
+    scheme = FORMATS[format_name]
+    groups = {
+        "linears": scheme,
+        # What goes into experts' second product cannot be reached from outside of the module.
+        "experts": scheme.model_copy(update={"targets": ["re:.*experts$"], "input_activations": None}),
+    }
+    if not scheme.weights.group_size:
+        groups["convolutions"] = scheme.model_copy(update={"targets": ["Conv2d"]})
+    elif not scheme.input_activations:
+        # 3 x 3 kernels of 128 channels have whole groups, the first convolutions of an image have not.
+        groups["convolutions"] = scheme.model_copy(update={"targets": ["re:.*encoder.*convolution$"]})
+    return QuantizationConfig(config_groups=groups, ignore=IGNORED)
+
+
+@functools.cache
+def export(name):
+    model = ARCHITECTURES[name].make_model()
+    inputs = ARCHITECTURES[name].make_inputs(2, 0)
+    dynamic = {key: {0: torch.export.Dim.AUTO} for key in inputs}
+    return model, torch.export.export(model, (), inputs, dynamic_shapes=dynamic)
+
+
+def list_tensors(outputs):
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:targets and ignores that matched no module")
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("name", EXPORTING)
+def test_folded_graph_equals_compressed_tensors(name, format_name):
+    model, program = export(name)
+    config = make_config(format_name)
+    if name == "ResNet" and format_name == "NVFP4":
+        pytest.skip("ResNet has convolutions alone, whose inputs have no groups of channels")
+    batches = [ARCHITECTURES[name].make_inputs(2, seed) for seed in (1, 2)]
+    quantized = fxmse.quantize(program, config, batches, progress=False)
+    assert sum(is_fake_quantize(node) for node in quantized.graph.nodes) >= 2
+    reference = apply_qparams(model, config, quantized)
+    inputs = ARCHITECTURES[name].make_inputs(3, 3)
+    ours, expected = list_tensors(quantized(**inputs)), list_tensors(dict(reference(**inputs)))
+    assert len(ours) == len(expected) > 0
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+    in_float = list_tensors(dict(model(**inputs)))
+    assert not torch.equal(ours[0], in_float[0])
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in EXPORTING])
+def test_what_does_not_export_fails_for_the_reason_that_is_listed(name):
+    architecture = ARCHITECTURES[name]
+    with pytest.raises(Exception, match=architecture.reason):
+        torch.export.export(architecture.make_model(), (), architecture.make_inputs(2, 0))
