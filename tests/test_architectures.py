@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from cases import make_args
-from compressed import apply_qparams
+from compressed import apply_qparams, list_sites
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
 from torch.utils._pytree import tree_leaves
 
@@ -59,13 +59,12 @@ def list_tensors(outputs):
 @pytest.mark.filterwarnings("ignore:targets and ignores that matched no module")
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("name", EXPORTING)
+@pytest.mark.parametrize(
+    ("name", "format_name"), [(n, f) for n in EXPORTING for f in FORMATS if (n, f) != ("ResNet", "NVFP4")]
+)
 def test_folded_graph_equals_compressed_tensors(name, format_name):
     model, program = export(name)
     config = make_config(format_name)
-    if name == "ResNet" and format_name == "NVFP4":
-        pytest.skip("ResNet has convolutions alone, whose inputs have no groups of channels")
     batches = [ARCHITECTURES[name].make_inputs(2, seed) for seed in (1, 2)]
     quantized = fxmse.quantize(program, config, batches, progress=False)
     assert sum(is_fake_quantize(node) for node in quantized.graph.nodes) >= 2
@@ -77,6 +76,50 @@ def test_folded_graph_equals_compressed_tensors(name, format_name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
     in_float = list_tensors(dict(model(**inputs)))
     assert not torch.equal(ours[0], in_float[0])
+
+
+def test_a_network_of_convolutions_has_no_nvfp4():
+    _, program = export("ResNet")
+    with pytest.raises(ValueError, match=r"targets \['Linear', 're:.*experts\$'\].*matched nothing"):
+        fxmse.prepare(program, make_config("NVFP4"))
+    convolutions = preset_name_to_scheme("NVFP4", ["re:.*encoder.*convolution$"])
+    with pytest.raises(ValueError, match="input: strategy=tensor_group needs the channels in the last dimension"):
+        fxmse.prepare(program, convolutions)
+
+
+ATTENTION_ARGS = make_args(8, "float")
+ATTENTION_CONFIGS = {
+    "kv cache": QuantizationConfig(config_groups={}, kv_cache_scheme=ATTENTION_ARGS),
+    "kv cache beside FP8": QuantizationConfig(config_groups={"FP8": ["Linear"]}, kv_cache_scheme=ATTENTION_ARGS),
+    "kv cache by head": QuantizationConfig(config_groups={}, kv_cache_scheme=make_args(8, "float", "attn_head")),
+    "attention": QuantizationConfig(
+        config_groups={"a": QuantizationScheme(targets=["LlamaAttention"], input_activations=ATTENTION_ARGS)}
+    ),
+    "attention by head, int8": QuantizationConfig(
+        config_groups={
+            "a": QuantizationScheme(
+                targets=["re:.*self_attn$"], input_activations=make_args(8, strategy="attn_head", symmetric=False)
+            )
+        }
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ATTENTION_CONFIGS)
+def test_attention_equals_compressed_tensors(name):
+    model, program = export("Llama")
+    config = ATTENTION_CONFIGS[name]
+    batches = [ARCHITECTURES["Llama"].make_inputs(2, seed) for seed in (1, 2)]
+    quantized = fxmse.quantize(program, config, batches, progress=False)
+    roles = {site.rpartition("self_attn.")[2] for site in list_sites(quantized)}
+    assert {"k", "v"} <= roles
+    assert ("q" in roles) == name.startswith("attention")
+    reference = apply_qparams(model, config, quantized)
+    inputs = ARCHITECTURES["Llama"].make_inputs(3, 3)
+    expected = reference(**inputs).logits
+    torch.testing.assert_close(quantized(**inputs)[0], expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert not torch.equal(expected, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in EXPORTING])
