@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import torch
+from architectures import ARCHITECTURES
+
+from fxmse.observers import Observer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -26,5 +29,16 @@ def test_the_file_map_names_every_module():
     root = Path(__file__).parents[1]
     for path in (root / "fxmse").glob("*.py"):
         assert path.name == "__init__.py" or f"`fxmse/{path.name}`" in README
-    for path in (root / "passes").glob("*_*.py"):
-        assert path.name.startswith("__") or path.stem in README or path.stem == "quantizable_ops"
+    for path in (root / "passes").glob("*.py"):
+        assert path.stem in ("__init__", "base") or path.stem in README
+
+
+def test_the_table_of_architectures_is_what_is_tested():
+    rows = re.findall(r"^\| (.*) \| (\w+) \| (yes|fails: .*) \|$", README, re.MULTILINE)
+    reasons = {name: a.reason and f"fails: {a.reason.replace('.*', ' ... ')}" for name, a in ARCHITECTURES.items()}
+    assert rows == [(name, a.model, reasons[name] or "yes") for name, a in ARCHITECTURES.items()]
+
+
+def test_the_table_of_observers_names_them_all():
+    for name in Observer.registered_names():
+        assert f"`{name.replace('-', '_')}`" in README
