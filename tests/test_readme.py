@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from architectures import ARCHITECTURES
 
+from fxmse.config import resolve_config
 from fxmse.observers import Observer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -18,6 +19,7 @@ def test_the_examples_run_in_order(tmp_path, monkeypatch, capsys):
         exec(block, namespace)
     assert "0.weight: int8 symmetric channel" in capsys.readouterr().out
     assert (tmp_path / "quantized.pt2").exists()
+    assert resolve_config(namespace["mixed"]).config_groups["FP8_DYNAMIC"].input_activations.dynamic is True
     x = namespace["batches"][0]
     with torch.no_grad():
         expected = namespace["model"](x)
