@@ -24,7 +24,7 @@ from torch import nn
 from fxmse.layout import Layout
 from fxmse.numerics import Format
 
-__all__ = ["Config", "Matches", "Site", "make_site", "match_schemes", "resolve_config"]
+__all__ = ["Config", "Matches", "Site", "check_dynamic_shape", "make_site", "match_schemes", "resolve_config"]
 
 Config: TypeAlias = QuantizationConfig | QuantizationScheme | Mapping[str, Any] | str | os.PathLike[str]
 """What :func:`resolve_config` takes."""
@@ -109,6 +109,12 @@ def _check_args(args: QuantizationArgs, role: str) -> None:
                 f"zp_dtype={args.zp_dtype} cannot hold zero points of {low.item():g} to {high.item():g}: "
                 "use a wider signed dtype, or leave it out"
             )
+
+
+def check_dynamic_shape(args: QuantizationArgs, shape: torch.Size) -> None:
+    """Raises ValueError where the groups of a dynamic value do not fit its shape."""
+    if args.group_size:
+        Layout("input", "group", args.group_size).qparam_shape(shape)
 
 
 def resolve_config(config: Config) -> QuantizationConfig:

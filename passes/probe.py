@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxmse.config import Site
+from fxmse.config import Site, check_dynamic_shape
 from fxmse.importance import Importance
 from fxmse.observers import Observer, State, cover_ranges
 from fxmse.passes.base import get_attribute
@@ -76,10 +76,13 @@ class Probe(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """Returns ``value`` as it is."""
-        if self.observer is None or self.waits_for_importance or (self.is_weight and self._is_known(value)):
+        if self.waits_for_importance or (self.is_weight and self._is_known(value)):
             return value
         try:
-            self.observer.observe(value)
+            if self.observer:
+                self.observer.observe(value)
+            else:
+                check_dynamic_shape(self.sites[0].args, value.shape)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         return value

@@ -158,9 +158,10 @@ def _make_product(graph_module: GraphModule, node: Node, signature: _Signature) 
 
 
 def _is_parameter(graph_module: GraphModule, node: Node, signature: _Signature) -> bool:
-    """Whether the factor is a parameter, and no constant such as the frequencies of rotary embeddings."""
+    """Whether the factor is a matrix of parameters: no vector, no constant as the frequencies of rotary embeddings."""
     found = find_parameter(graph_module, node, signature.weight.get(node))
-    return found is not None and isinstance(get_attribute(graph_module, str(found.parameter.target)), nn.Parameter)
+    value = get_attribute(graph_module, str(found.parameter.target)) if found else None
+    return isinstance(value, nn.Parameter) and value.dim() > 1
 
 
 def _look_through_column(argument: Argument, node: Node) -> Operand:

@@ -10,7 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxmse.config import Matches, Site, make_site, match_schemes
+from fxmse.config import Matches, Site, check_dynamic_shape, make_site, match_schemes
 from fxmse.layout import Layout
 from fxmse.passes.base import get_attribute
 from fxmse.passes.operation import Argument, Operation, Weight
@@ -160,14 +160,10 @@ def _make_read(graph_module: GraphModule, operation: Operation, request: _Reques
         if not tensor.is_floating_point():
             raise ValueError(f"{site.name} has dtype {tensor.dtype}: expected a float dtype")
         try:
-            _check_shape(site, tensor.shape)
+            if site.is_dynamic:
+                check_dynamic_shape(site.args, tensor.shape)
+            else:
+                Layout.of(site.args, site.role).qparam_shape(tensor.shape)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
     return Read(site, value, request.reader, request.argument, operation, request.weight)
-
-
-def _check_shape(site: Site, shape: torch.Size) -> None:
-    if not site.is_dynamic:
-        Layout.of(site.args, site.role).qparam_shape(shape)
-    elif site.args.group_size:
-        Layout("input", "group", site.args.group_size).qparam_shape(shape)

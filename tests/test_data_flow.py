@@ -145,6 +145,14 @@ def test_a_dynamic_value_needs_no_data_and_a_local_one_does():
         fxmse.calibrate(observed, progress=False)
 
 
+@pytest.mark.parametrize("front_end", ["symbolic_trace", "export"])
+def test_groups_that_do_not_fit_a_dynamic_value_are_named(front_end):
+    model, scheme = Fused(), make_dynamic_scheme(DYNAMIC_ARGS["fp8_dynamic_g32"])
+    traced = torch.fx.symbolic_trace(model) if front_end == "symbolic_trace" else torch.export.export(model, (X,))
+    with pytest.raises(ValueError, match=r"alpha.input(, beta.input, gamma.input)?: group_size=32 does not divide"):
+        fxmse.calibrate(fxmse.prepare(traced, scheme), [X], progress=False)
+
+
 def test_dynamic_graphs_report_their_error():
     quantized = fxmse.quantize(Fused(), make_dynamic_scheme(DYNAMIC_ARGS["int8_token"]), [X], progress=False)
     reports = fxmse.report(quantized, [X])
@@ -195,6 +203,39 @@ def test_joined_values_share_their_scale_where_asked_to(join, front_end):
     else:
         # The sum at the end joins the third branch, too, but not the output that is no site.
         assert sorted(states[("add",)]) == ["alone.output_scale", "left.output_scale"]
+
+
+def test_joined_golden():
+    args = {"num_bits": 8, "observer": "static_minmax"}
+    config = make_config("left", "right", weights={"num_bits": 8}, outputs=args)
+    observed = fxmse.prepare(torch.fx.symbolic_trace(Joined("cat")), config, share_across=("cat",))
+    Expect("""\
+x = input
+left_weight_observer = self.left.weight_observer(self.left.weight)
+linear = linear(x, left_weight_observer, self.left.bias)
+left_output_observer = self.left.output_observer(linear)
+right_weight_observer = self.right.weight_observer(self.right.weight)
+linear_1 = linear(x, right_weight_observer, self.right.bias)
+left_output_observer_1 = self.left.output_observer(linear_1)
+cat = cat([left_output_observer, left_output_observer_1], -1)
+linear_2 = linear(cat, self.behind.weight, self.behind.bias)
+linear_3 = linear(x, self.alone.weight, self.alone.bias)
+add = add(linear_2, linear_3)
+return add""").assert_expected(print_graph(observed))
+    quantized = fxmse.convert(fxmse.calibrate(observed, [torch.randn(2, 8)], progress=False))
+    Expect("""\
+x = input
+left_weight_fake_quant = fxmse.fake_quantize(self.left.weight, self.left.weight_scale, None, None, 8, int, tensor)
+linear = linear(x, left_weight_fake_quant, self.left.bias)
+left_output_fake_quant = fxmse.fake_quantize(linear, self.left.output_scale, None, None, 8, int, tensor)
+right_weight_fake_quant = fxmse.fake_quantize(self.right.weight, self.right.weight_scale, None, None, 8, int, tensor)
+linear_1 = linear(x, right_weight_fake_quant, self.right.bias)
+left_output_fake_quant_1 = fxmse.fake_quantize(linear_1, self.left.output_scale, None, None, 8, int, tensor)
+cat = cat([left_output_fake_quant, left_output_fake_quant_1], -1)
+linear_2 = linear(cat, self.behind.weight, self.behind.bias)
+linear_3 = linear(x, self.alone.weight, self.alone.bias)
+add = add(linear_2, linear_3)
+return add""").assert_expected(print_graph(quantized))
 
 
 def test_only_ops_that_join_can_be_shared_across():

@@ -6,11 +6,13 @@ import warnings
 import pytest
 import torch
 from cases import DISTRIBUTIONS, NVFP4, WEIGHT_ARGS, make_args, make_weight
+from expecttest import Expect
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmcompressor.observers import Observer as ReferenceObserver
 from models import make_config
 from oracle import calculate_scale, fake_quantize
+from printing import print_graph
 from torch import nn
 
 import fxmse
@@ -268,6 +270,40 @@ def test_a_graph_measures_what_feeds_the_weight(mask, front_end):
         tokens = value[kept] if mask else value
         expected = observe(getattr(model, name).weight.detach(), args, tokens.detach())
         torch.testing.assert_close(quantized.state_dict()[f"{name}.weight_scale"], expected["scale"], rtol=1e-6, atol=0)
+
+
+def test_importance_golden():
+    observed = fxmse.prepare(torch.fx.symbolic_trace(Masked().eval()), make_imatrix_config(mask="attention_mask"))
+    Expect("""\
+x = input
+attention_mask = input
+first_weight_observer = self.first.weight_observer(self.first.weight)
+first_weight_importance = self.first.weight_importance(x, attention_mask)
+linear = linear(first_weight_importance, first_weight_observer, self.first.bias)
+second_weight_observer = self.second.weight_observer(self.second.weight)
+second_weight_importance = self.second.weight_importance(linear, attention_mask)
+linear_1 = linear(second_weight_importance, second_weight_observer, self.second.bias)
+other_weight_observer = self.other.weight_observer(self.other.weight)
+other_weight_importance = self.other.weight_importance(linear, attention_mask)
+linear_2 = linear(other_weight_importance, other_weight_observer, self.other.bias)
+getitem = getitem(attention_mask, [Ellipsis, None])
+mul = mul(linear_2, getitem)
+add = add(linear_1, mul)
+return add""").assert_expected(print_graph(observed))
+    quantized = fxmse.convert(fxmse.calibrate(observed, make_masked_batches(), progress=False))
+    Expect("""\
+x = input
+attention_mask = input
+first_weight_fake_quant = fxmse.fake_quantize(self.first.weight, self.first.weight_scale, None, None, 4, int, group, 32)
+linear = linear(x, first_weight_fake_quant, self.first.bias)
+second_weight_fake_quant = fxmse.fake_quantize(self.second.weight, self.second.weight_scale, None, None, 4, int, group, 32)
+linear_1 = linear(linear, second_weight_fake_quant, self.second.bias)
+other_weight_fake_quant = fxmse.fake_quantize(self.other.weight, self.other.weight_scale, None, None, 4, int, group, 32)
+linear_2 = linear(linear, other_weight_fake_quant, self.other.bias)
+getitem = getitem(attention_mask, [Ellipsis, None])
+mul = mul(linear_2, getitem)
+add = add(linear_1, mul)
+return add""").assert_expected(print_graph(quantized))
 
 
 def test_calibration_can_go_on_after_converting():

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from cases import make_args
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle import fake_quantize
+from expecttest import Expect
 from models import make_config
+from printing import print_graph
 from torch import nn
 
 import fxmse
@@ -140,6 +142,62 @@ def test_quantizes_each_output_channel(name, front_end):
     assert not InsertObservers(config)(observed).modified
 
 
+def print_observed_and_folded(model, config, *inputs):
+    observed = fxmse.prepare(torch.fx.symbolic_trace(model), config)
+    folded = fxmse.convert(fxmse.calibrate(observed, [inputs], progress=False))
+    return print_graph(observed), print_graph(folded)
+
+
+def test_columns_golden():
+    config = make_config("re:.*", inputs={"num_bits": 8})
+    observed, folded = print_observed_and_folded(OPS["addmm"][0], config, X2)
+    Expect("""\
+x = input
+transpose = transpose(self.weight, -2, -1)
+weight_observer = self.weight_observer(transpose)
+transpose_1 = transpose(weight_observer, -2, -1)
+input_observer = self.input_observer(x)
+addmm = addmm(self.bias, input_observer, transpose_1)
+return addmm""").assert_expected(observed)
+    Expect("""\
+x = input
+transpose = transpose(self.weight, -2, -1)
+weight_fake_quant = fxmse.fake_quantize(transpose, self.weight_scale, None, None, 8, int, channel)
+transpose_1 = transpose(weight_fake_quant, -2, -1)
+input_fake_quant = fxmse.fake_quantize(x, self.input_scale, None, None, 8, int, tensor)
+addmm = addmm(self.bias, input_fake_quant, transpose_1)
+return addmm""").assert_expected(folded)
+
+
+def test_transposed_convolution_golden():
+    model = wrap(nn.ConvTranspose1d(4, 6, 3, groups=2))
+    observed, folded = print_observed_and_folded(model, make_config("ConvTranspose1d"), IMAGE[..., 0])
+    Expect("""\
+input_1 = input
+unflatten = unflatten(self.0.weight, 0, [2, -1])
+transpose = transpose(unflatten, 1, 2)
+flatten = flatten(transpose, 0, 1)
+flatten_1 = flatten(flatten, 1)
+_0_weight_observer = self.0.weight_observer(flatten_1)
+reshape = reshape(_0_weight_observer, [2, 3, 2, 3])
+transpose_1 = transpose(reshape, 1, 2)
+flatten_2 = flatten(transpose_1, 0, 1)
+conv_transpose1d = conv_transpose1d(input_1, flatten_2, self.0.bias, [1], [0], [0], 2, [1])
+return conv_transpose1d""").assert_expected(observed)
+    Expect("""\
+input_1 = input
+unflatten = unflatten(self.0.weight, 0, [2, -1])
+transpose = transpose(unflatten, 1, 2)
+flatten = flatten(transpose, 0, 1)
+flatten_1 = flatten(flatten, 1)
+_0_weight_fake_quant = fxmse.fake_quantize(flatten_1, self.0.weight_scale, None, None, 8, int, channel)
+reshape = reshape(_0_weight_fake_quant, [2, 3, 2, 3])
+transpose_1 = transpose(reshape, 1, 2)
+flatten_2 = flatten(transpose_1, 0, 1)
+conv_transpose1d = conv_transpose1d(input_1, flatten_2, self.0.bias, [1], [0], [0], 2, [1])
+return conv_transpose1d""").assert_expected(folded)
+
+
 @pytest.mark.parametrize("strategy", [{"strategy": "tensor"}, {"strategy": "group", "group_size": 2}])
 def test_experts_keep_their_leading_dimension(strategy):
     model = OPS["bmm"][0]
@@ -192,6 +250,13 @@ def test_products_of_activations_are_quantized_where_a_target_names_them():
     left = fake_quantize(model.fc(x), state["product.matmul_input_scale"], None, make_args())
     right = fake_quantize(y.transpose(1, 2), state["product.matmul_other_input_scale"], None, make_args())
     assert torch.equal(quantized(x, y), left @ right)
+
+
+def test_vectors_and_constants_are_no_weights():
+    model = Functional((6, 4), lambda m, x: F.linear(x, m.weight) @ m.bias + (x @ m.constant).sum(-1))
+    model.register_buffer("constant", torch.randn(4, 3))
+    observed = fxmse.prepare(torch.fx.symbolic_trace(model), make_config("re:.*"))
+    assert [site.name for _, probe in find_probes(observed) for site in probe.sites] == ["weight"]
 
 
 class Attention(nn.Module):
@@ -259,6 +324,72 @@ def test_attention_quantizes_queries_keys_and_values(is_eager, strategy):
         torch.testing.assert_close(
             quantized(TOKENS), attend_quantized(layer, TOKENS, args, state, "qkv"), rtol=1e-5, atol=1e-6
         )
+
+
+def test_attention_golden():
+    scheme = QuantizationScheme(targets=["re:.*self_attn$"], input_activations=make_args(8, "float"))
+    observed = fxmse.prepare(Layer().eval(), scheme, TOKENS)
+    folded = fxmse.convert(fxmse.calibrate(observed, [TOKENS], progress=False))
+    Expect("""\
+x = input
+sym_size_int_3 = aten.sym_size(x, 0)
+sym_size_int_4 = aten.sym_size(x, 1)
+linear = aten.linear(x, self.self_attn.q_proj.weight, self.self_attn.q_proj.bias)
+unflatten = aten.unflatten(linear, -1, [-1, 4])
+transpose = aten.transpose(unflatten, 1, 2)
+linear_1 = aten.linear(x, self.self_attn.k_proj.weight, self.self_attn.k_proj.bias)
+unflatten_1 = aten.unflatten(linear_1, -1, [-1, 4])
+transpose_1 = aten.transpose(unflatten_1, 1, 2)
+linear_2 = aten.linear(x, self.self_attn.v_proj.weight, self.self_attn.v_proj.bias)
+unflatten_2 = aten.unflatten(linear_2, -1, [-1, 4])
+transpose_2 = aten.transpose(unflatten_2, 1, 2)
+slice_1 = aten.slice(transpose_1, 0, 0, 9223372036854775807)
+self_attn_k_observer = self.self_attn.k_observer(slice_1)
+unsqueeze = aten.unsqueeze(self_attn_k_observer, 2)
+expand = aten.expand(unsqueeze, [sym_size_int_3, 2, 2, sym_size_int_4, 4])
+reshape = aten.reshape(expand, [sym_size_int_3, 4, sym_size_int_4, 4])
+slice_2 = aten.slice(transpose_2, 0, 0, 9223372036854775807)
+self_attn_v_observer = self.self_attn.v_observer(slice_2)
+unsqueeze_1 = aten.unsqueeze(self_attn_v_observer, 2)
+expand_1 = aten.expand(unsqueeze_1, [sym_size_int_3, 2, 2, sym_size_int_4, 4])
+reshape_1 = aten.reshape(expand_1, [sym_size_int_3, 4, sym_size_int_4, 4])
+self_attn_q_observer = self.self_attn.q_observer(transpose)
+scaled_dot_product_attention = aten.scaled_dot_product_attention(self_attn_q_observer, reshape, reshape_1)
+transpose_3 = aten.transpose(scaled_dot_product_attention, 1, 2)
+flatten = aten.flatten(transpose_3, 2)
+linear_3 = aten.linear(flatten, self.self_attn.o_proj.weight, self.self_attn.o_proj.bias)
+add = aten.add(x, linear_3)
+return [add]""").assert_expected(print_graph(observed))
+    Expect("""\
+x = input
+sym_size_int_3 = aten.sym_size(x, 0)
+sym_size_int_4 = aten.sym_size(x, 1)
+linear = aten.linear(x, self.self_attn.q_proj.weight, self.self_attn.q_proj.bias)
+unflatten = aten.unflatten(linear, -1, [-1, 4])
+transpose = aten.transpose(unflatten, 1, 2)
+linear_1 = aten.linear(x, self.self_attn.k_proj.weight, self.self_attn.k_proj.bias)
+unflatten_1 = aten.unflatten(linear_1, -1, [-1, 4])
+transpose_1 = aten.transpose(unflatten_1, 1, 2)
+linear_2 = aten.linear(x, self.self_attn.v_proj.weight, self.self_attn.v_proj.bias)
+unflatten_2 = aten.unflatten(linear_2, -1, [-1, 4])
+transpose_2 = aten.transpose(unflatten_2, 1, 2)
+slice_1 = aten.slice(transpose_1, 0, 0, 9223372036854775807)
+self_attn_k_fake_quant = fxmse.fake_quantize(slice_1, self.self_attn.k_scale, None, None, 8, float, tensor)
+unsqueeze = aten.unsqueeze(self_attn_k_fake_quant, 2)
+expand = aten.expand(unsqueeze, [sym_size_int_3, 2, 2, sym_size_int_4, 4])
+reshape = aten.reshape(expand, [sym_size_int_3, 4, sym_size_int_4, 4])
+slice_2 = aten.slice(transpose_2, 0, 0, 9223372036854775807)
+self_attn_v_fake_quant = fxmse.fake_quantize(slice_2, self.self_attn.v_scale, None, None, 8, float, tensor)
+unsqueeze_1 = aten.unsqueeze(self_attn_v_fake_quant, 2)
+expand_1 = aten.expand(unsqueeze_1, [sym_size_int_3, 2, 2, sym_size_int_4, 4])
+reshape_1 = aten.reshape(expand_1, [sym_size_int_3, 4, sym_size_int_4, 4])
+self_attn_q_fake_quant = fxmse.fake_quantize(transpose, self.self_attn.q_scale, None, None, 8, float, tensor)
+scaled_dot_product_attention = aten.scaled_dot_product_attention(self_attn_q_fake_quant, reshape, reshape_1)
+transpose_3 = aten.transpose(scaled_dot_product_attention, 1, 2)
+flatten = aten.flatten(transpose_3, 2)
+linear_3 = aten.linear(flatten, self.self_attn.o_proj.weight, self.self_attn.o_proj.bias)
+add = aten.add(x, linear_3)
+return [add]""").assert_expected(print_graph(folded))
 
 
 @pytest.mark.parametrize("is_eager", [False, True])
