@@ -184,6 +184,7 @@ class IMatrixMSEObserver(MSEObserver):
             return f"seen activations of {len(mean)} channels, where the weight has {value.shape[-1]}"
         faults: Iterable[tuple[Tensor, str]] = (
             (~mean.isfinite().all(), "seen activations that are not finite"),
+            ((mean < 0).any(), "importance that is negative"),
             ((mean == 0).all(), "seen activations that are all 0"),
         )
         return next((fault for is_so, fault in faults if is_so), None)

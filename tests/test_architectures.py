@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 import fxmse
 from fxmse.ops import is_fake_quantize
 
+pytestmark = pytest.mark.slow
+
 EXPORTING = [name for name, architecture in ARCHITECTURES.items() if not architecture.reason]
 FORMATS = {
     "W8A8 static": QuantizationScheme(

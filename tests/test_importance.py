@@ -168,6 +168,14 @@ def test_padding_is_left_out_whatever_it_holds():
     assert nothing.mean() is None
 
 
+def test_importance_that_is_negative_is_not_used():
+    observer = Observer.load_from_registry("imatrix_mse", base_name="weight", args=make_args(4, strategy="channel"))
+    observer.importance(make_activations())
+    observer.importance.squares[3] = -1.0
+    with pytest.warns(UserWarning, match="IMatrixMSEObserver has importance that is negative"):
+        observer(make_weight("normal"))
+
+
 FAULTS = {
     "seen no activations": (make_args(4, strategy="channel"), "weight", None),
     "seen activations that are not finite": (
@@ -304,6 +312,18 @@ getitem = getitem(attention_mask, [Ellipsis, None])
 mul = mul(linear_2, getitem)
 add = add(linear_1, mul)
 return add""").assert_expected(print_graph(quantized))
+
+
+def test_an_observed_graph_compiles_as_a_whole():
+    batches = make_masked_batches()
+    observed = fxmse.prepare(torch.fx.symbolic_trace(Masked().eval()), make_imatrix_config(mask="attention_mask"))
+    expected = fxmse.prepare(torch.fx.symbolic_trace(Masked().eval()), make_imatrix_config(mask="attention_mask"))
+    with torch.no_grad():
+        compiled = torch.compile(observed, fullgraph=True)
+        for batch in batches:
+            torch.testing.assert_close(compiled(**batch), expected(**batch))
+    for (_, ours), (_, eager) in zip(find_importances(observed), find_importances(expected), strict=True):
+        torch.testing.assert_close(ours.mean(), eager.mean())
 
 
 def test_calibration_can_go_on_after_converting():

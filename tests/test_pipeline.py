@@ -29,7 +29,7 @@ def quantize(**kwargs):
 
 
 def get_states(observed):
-    return [(probe.name, [t.clone() for t in probe.observer.state.tensors]) for _, probe in find_probes(observed)]
+    return [(probe.name, [t.clone() for t in probe.state.tensors]) for _, probe in find_probes(observed)]
 
 
 def assert_equal_states(before, after):
@@ -75,17 +75,6 @@ def test_a_float_graph_is_left_as_it_was():
     names, code = list(graph_module.state_dict()), graph_module.code
     fxmse.quantize(graph_module, W8A8, make_batches(), progress=False)
     assert (list(graph_module.state_dict()), graph_module.code) == (names, code)
-
-
-@pytest.mark.parametrize("preset", ["W4A16_ASYM", "FP8", "NVFP4A16", "MXFP4A16", "W8A16"])
-def test_static_presets_run(preset):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
-    config = QuantizationConfig(config_groups={preset: ["0"]})
-    batches = [torch.randn(4, 128)]
-    quantized = fxmse.quantize(model, config, batches, progress=False)
-    error = (quantized(batches[0]) - model(batches[0])).norm() / model(batches[0]).norm()
-    assert 0 < error < 0.2
 
 
 def test_calibration_can_go_on_after_conversion():
@@ -215,16 +204,22 @@ def test_a_bad_first_batch_leaves_nothing_behind():
         fxmse.convert(observed)
 
 
-def test_a_bad_weight_is_named():
+NVFP4_8 = make_config(
+    weights={**NVFP4.model_dump(), "group_size": 8}, inputs={"num_bits": 8, "strategy": "token", "dynamic": True}
+)
+
+
+@pytest.mark.parametrize("config", [W8A8, NVFP4_8])
+def test_a_bad_weight_is_named(config):
     model = make_mlp()
     with torch.no_grad():
         model[2].weight[3, 1:4] = float("nan")
-    observed = fxmse.prepare(model, W8A8, make_batches()[0])
+    observed = fxmse.prepare(model, config, make_batches()[0])
     with pytest.raises(ValueError, match=r"NaN or Inf in the weights: 2.weight has 3 NaN and 0 Inf among 192 elements"):
         fxmse.calibrate(observed, make_batches(), progress=False)
     assert not any(tensors for _, tensors in get_states(observed))
     with pytest.raises(ValueError, match=r"2.weight: the weight observer has seen NaN or Inf"):
-        fxmse.convert(fxmse.prepare(torch.fx.symbolic_trace(model), make_config()))
+        fxmse.convert(fxmse.prepare(torch.fx.symbolic_trace(model), config if config is NVFP4_8 else make_config()))
 
 
 def test_a_failing_batch_leaves_every_observer_alone():

@@ -10,6 +10,8 @@ from torch import nn
 import fxmse
 from fxmse.ops import is_fake_quantize
 
+pytestmark = pytest.mark.slow
+
 QUANTIZING = [name for name in PRESET_SCHEMES if name != "UNQUANTIZED"]
 
 
