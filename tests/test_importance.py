@@ -122,14 +122,15 @@ def test_experts_share_the_importance_of_their_channels():
 
 
 @pytest.mark.parametrize("args_name", ["int4_channel", "int4_g32"])
-def test_compiled_tiles_equal_uncompiled_ones(args_name, monkeypatch):
-    monkeypatch.setattr("fxmse.layout.MAX_ELEMENTS", 5 * 96)  # rows are no multiple of a tile's
+def test_tiles_equal_the_whole_compiled_or_not(args_name, monkeypatch):
     args, weight, activations = WEIGHT_ARGS[args_name], make_weight("heavy", rows=64), make_activations()
-    with monkeypatch.context() as patch:
-        patch.setattr("fxmse.search._MIN_COMPILED", 1)
-        compiled = observe(weight, args, activations)
-    eager = observe(weight, args, activations)
-    torch.testing.assert_close(compiled["scale"], eager["scale"], rtol=1e-6, atol=0)
+    whole = observe(weight, args, activations)
+    monkeypatch.setattr("fxmse.layout.MAX_ELEMENTS", 7 * 32)  # tiles are no multiple of a row's 3 groups
+    tiled = observe(weight, args, activations)
+    monkeypatch.setattr("fxmse.search._MIN_COMPILED", 1)
+    compiled = observe(weight, args, activations)
+    torch.testing.assert_close(tiled["scale"], whole["scale"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(compiled["scale"], whole["scale"], rtol=1e-6, atol=0)
 
 
 def test_tensor_group_weighs_both_steps():

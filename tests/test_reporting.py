@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import NVFP4, make_args
 from compressed_tensors.quantization.lifecycle import fake_quantize
 from models import make_config
 from torch import nn
@@ -57,3 +58,31 @@ def test_report_needs_a_folded_graph_and_batches():
         fxmse.report(model, [torch.randn(2, 4)])
     with pytest.raises(ValueError, match="no batches"):
         fxmse.report(fxmse.quantize(model, make_config(), progress=False), [])
+
+
+def test_local_values_and_attention_states_are_reported():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.k_proj = nn.Linear(16, 16)
+
+        def forward(self, x):
+            q, k = (states.unflatten(-1, (2, 8)).transpose(1, 2) for states in (x, self.k_proj(x)))
+            return nn.functional.scaled_dot_product_attention(q, k, k * 2)
+
+    local = {**NVFP4.model_dump(), "dynamic": "local", "observer": "static_minmax"}
+    config = make_config(inputs=local).model_copy(
+        update={"kv_cache_scheme": make_args(8, strategy="attn_head", observer="static_minmax")}
+    )
+    x = torch.randn(2, 5, 16)
+    reports = fxmse.report(fxmse.quantize(Attention().eval(), config, [x], progress=False), [x])
+    found = {
+        (r.module, r.role): (r.format, r.num_scales, round(r.range_ratio, 1)) for r in reports if r.role != "weight"
+    }
+    assert found == {
+        ("k_proj", "input"): ("float4 symmetric tensor_group 16 dynamic", 0, 1.0),
+        ("", "k"): ("int8 symmetric attn_head", 2, 1.0),
+        ("", "v"): ("int8 symmetric attn_head", 2, 1.0),
+    }
+    assert all(r.sqnr > 15 for r in reports)
