@@ -1,9 +1,9 @@
 """The search of a weight against llm-compressor's, in one process on the same tensors, in turn.
 
-    python benchmarks/search.py [--size 2048] [--runs 7]
+    python benchmarks/search.py [--size 2048] [--runs 7] [--observer memoryless_mse] [--schemes nvfp4 ...]
 
-Prints the median ms of each, the ratio, the seconds the first search took (compilation), and in how many groups
-both took the same range. Needs the test extra.
+Prints the median ms of each, the ratio, the seconds the first search took (compilation), in how many groups both took
+the same range, and fxmse's summed error over llm-compressor's, with scales as they are stored. Needs the test extra.
 """
 
 import argparse

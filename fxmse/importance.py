@@ -169,7 +169,9 @@ class IMatrixMSEObserver(MSEObserver):
         mean = self.importance.mean()
         if mean is None or self._find_fault(value):
             return None
-        return (mean / (mean.mean() + torch.finfo(torch.float32).tiny)).to(value.device)
+        # The channels' sum may leave float32 where none of them does.
+        average = mean.double().mean() + torch.finfo(torch.float32).tiny
+        return (mean / average).float().to(value.device)
 
     def _find_fault(self, value: Tensor) -> str | None:
         """Why the importance cannot be used."""

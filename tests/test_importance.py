@@ -133,6 +133,13 @@ def test_tiles_equal_the_whole_compiled_or_not(args_name, monkeypatch):
     torch.testing.assert_close(compiled["scale"], whole["scale"], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("exponent", [-60, 60])
+def test_activations_of_any_magnitude_weigh_alike(exponent):
+    args, weight, activations = WEIGHT_ARGS["int4_g32"], make_weight("heavy"), make_activations()
+    scaled = observe(weight, args, activations * 2.0**exponent)
+    assert torch.equal(scaled["scale"], observe(weight, args, activations)["scale"])
+
+
 def test_tensor_group_weighs_both_steps():
     weight, activations = make_weight("heavy"), make_activations()
     ours, reference = (f(weight, NVFP4, activations) for f in (observe, observe_reference))

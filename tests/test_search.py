@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -252,6 +253,17 @@ def test_properties(seed, name, exponent):
         for r in (found, own)
     ]
     assert (errors[0] <= errors[1] * (1 + TIE)).all()
+
+
+@pytest.mark.parametrize("num_rows", [200, 2000])  # uncompiled and compiled
+def test_of_two_scales_that_round_alike_the_wider_range_is_kept(num_rows):
+    # Steps 2 and 101 of 200 are the two best of this group, and equal: the latter's scale is half of the former's.
+    group = [-0.5, -2.25, -1.75, -1.25, 1.5, 2.25, -1.25, 0.0, -2.75, -0.75, -0.5, 0.75, -0.5, 0.0, -0.5, 1.75]
+    weight = torch.tensor(group) * torch.linspace(1, 2, num_rows)[:, None]
+    args, options = make_args(4, "float", "group", group_size=16), SearchOptions(expand=1.8, grid=200.0, maxshrink=0.55)
+    options = replace(options, patience=len(options.factors))
+    found = search(weight, Format.of(args), Layout.of(args, "weight"), options)
+    torch.testing.assert_close(found.min[:, 0], weight.amin(1) * 1.8 * (1 - 2 / 200), rtol=1e-6, atol=0)
 
 
 def test_patience_counts_steps_over_all_groups():
