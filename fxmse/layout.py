@@ -92,8 +92,9 @@ class Layout:
     def tiles(self, value: Tensor, max_groups: int) -> Iterator[Tensor]:
         """Cuts ``value`` into tiles [O, Q, G] of at most about ``max_groups`` groups and 2 ** 20 elements each.
 
-        Tiles are views wherever the strategy allows; blocks are copied, a tile at a time. Only weights are cut:
-        each of an activation's groups is spread over all of its observations.
+        Tiles are views; where blocks are filled up, copies, one at a time. A tile of blocks has two dimensions Q, and
+        the rows of a block for O. Only weights are cut: each of an activation's groups is spread over all of its
+        observations.
         """
         if self.strategy == "tensor":
             yield _as_rows(value)
@@ -140,11 +141,12 @@ class Layout:
         height, width = self.block_structure
         columns = math.ceil(value.shape[1] / width)
         max_rows = min(max_groups // columns, MAX_ELEMENTS // (height * value.shape[1]))
+        num_columns = columns * width
         for rows in torch.split(value, height * max(1, max_rows)):
-            # Zeros fill the last blocks up: they lie inside every range and are quantized without error.
-            padded = torch.nn.functional.pad(rows, (0, columns * width - value.shape[1], 0, -len(rows) % height))
-            blocks = padded.unflatten(1, (columns, width)).unflatten(0, (-1, height)).transpose(1, 2)
-            yield blocks.reshape(1, -1, height * width)
+            if len(rows) % height or value.shape[1] != num_columns:
+                # Zeros fill the last blocks up: they lie inside every range and are quantized without error.
+                rows = torch.nn.functional.pad(rows, (0, num_columns - value.shape[1], 0, -len(rows) % height))
+            yield rows.unflatten(1, (columns, width)).unflatten(0, (-1, height)).transpose(0, 1)
 
 
 def _as_rows(value: Tensor) -> Tensor:

@@ -4,19 +4,32 @@ Legend of shape suffixes, here and in :mod:`fxmse.search`: O observations, Q qpa
 C candidates, G elements of a group.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from torch import Tensor
 
-__all__ = ["Format", "Grid", "calculate_global_scale", "calculate_scale_and_zero_point", "round_scale"]
+__all__ = [
+    "Format",
+    "Grid",
+    "calculate_global_scale",
+    "calculate_scale_and_zero_point",
+    "count_stored_scales",
+    "list_stored_scales",
+    "round_scale",
+]
 
 # (explicit mantissa bits, smallest normal exponent, largest value) by number of bits.
 _FLOAT_FORMATS = {8: (3, -6, 448.0), 6: (3, 0, 7.5), 4: (1, 0, 6.0)}  # fp8 e4m3fn, fp6 e2m3, fp4 e2m1
 _INT_BITS = range(2, 17)  # what float32 rounds exactly, and with room to spare
 # The scales of a tensor_group format are e4m3; together scale and element span 448 * 6.
 _GLOBAL_RANGE = _FLOAT_FORMATS[8][2] * _FLOAT_FORMATS[4][2]
+
+_E4M3_STAND_IN = 0.125  # what compressed-tensors stores for a zero scale
+_E4M3_CODES = 127  # non-negative values, 0 to 448
+_E4M3_OFFSET = 120 << 3  # the difference of the exponents' biases, above three mantissa bits
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,16 @@ class Grid:
         """The largest value."""
         return _FLOAT_FORMATS[self.num_bits][2] if self.type == "float" else 2.0 ** (self.num_bits - 1) - 1
 
+    @property
+    def mantissa_bits(self) -> int:
+        """Explicit mantissa bits of a float grid."""
+        return _FLOAT_FORMATS[self.num_bits][0]
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of a float grid's smallest normal value."""
+        return _FLOAT_FORMATS[self.num_bits][1]
+
     def round(self, x: Tensor) -> Tensor:
         """The nearest value of the grid, ties to even; ``x`` is already clamped to [qmin, qmax].
 
@@ -57,8 +80,7 @@ class Grid:
         """
         if self.type == "int":
             return torch.round(x)
-        mantissa, min_exponent, _ = _FLOAT_FORMATS[self.num_bits]
-        return _round_to_mantissa(x, mantissa, min_exponent)
+        return _round_to_mantissa(x, self.mantissa_bits, self.min_exponent)
 
 
 def _round_to_mantissa(x: Tensor, mantissa: int, min_exponent: int) -> Tensor:
@@ -159,10 +181,66 @@ def calculate_scale_and_zero_point(
     return round_scale(scale, format.scale_dtype or dtype), zero_point
 
 
+def count_stored_scales(format: Format, shrink: float) -> int | None:
+    """How many different scales at most ranges of one group are stored as, from its own to ``shrink`` times that.
+
+    None where scales are stored with so many bits that counting them is of no use.
+    """
+    if not format.symmetric:
+        return None
+    if format.is_mx:
+        return 1 + math.ceil(-math.log2(shrink) + 1e-6)
+    if format.scale_dtype != torch.float8_e4m3fn:
+        return None
+    # The scale that rounds to a value and is as large as can be, and what is left of it.
+    values = _decode_e4m3(torch.arange(_E4M3_CODES))
+    largest = torch.cat([(values[:-1] + values[1:]) / 2, values[-1:]])
+    smallest = Grid(8, "float").round(largest * (shrink * (1 - 1e-6)))
+    return 1 + int((torch.arange(_E4M3_CODES) - _encode_e4m3(smallest)).max())
+
+
+def list_stored_scales(largest: Tensor, scales: Tensor, format: Format, num_scales: int) -> tuple[Tensor, Tensor]:
+    """The stored scales that ``scales`` can be, and which of them each is.
+
+    Args:
+        largest: float32 [Q], the stored scale of each group's whole range.
+        scales: float32 [C, Q], those of its shrunk ranges, as ``calculate_scale_and_zero_point`` gives them.
+        format: one that :func:`count_stored_scales` counts, with ``num_scales``.
+        num_scales: K.
+
+    Returns:
+        indices [C, Q], int32, and the scales [K, Q]; ``scales`` is the second gathered with the first.
+    """
+    step_K1 = torch.arange(num_scales, device=scales.device, dtype=torch.int32)[:, None]
+    if format.is_mx:
+        exponents = largest.view(torch.int32) >> 23
+        index_CQ = exponents - (scales.view(torch.int32) >> 23)
+        scale_KQ = (largest * torch.exp2(-step_K1.float())).clamp(min=2.0**-127)
+        return index_CQ, scale_KQ
+    # The stand-in of a zero is larger than what it stands for: it takes the zero's place.
+    code_Q = _encode_e4m3(largest)
+    code_CQ = torch.where(scales > largest, 0, _encode_e4m3(scales))
+    code_KQ = (code_Q - step_K1).clamp(min=0)
+    scale_KQ = torch.where(code_KQ == 0, _E4M3_STAND_IN, _decode_e4m3(code_KQ))
+    return code_Q - code_CQ, scale_KQ
+
+
+def _encode_e4m3(value: Tensor) -> Tensor:
+    """The place of a non-negative e4m3 value among all of them, int32; ``value`` is float32."""
+    normal = (value.view(torch.int32) >> 20) - _E4M3_OFFSET
+    return torch.where(value < 2.0**-6, (value * 2.0**9).to(torch.int32), normal)
+
+
+def _decode_e4m3(code: Tensor) -> Tensor:
+    """The inverse of ``_encode_e4m3``."""
+    normal = ((code.to(torch.int32) + _E4M3_OFFSET) << 20).view(torch.float32)
+    return torch.where(code < 8, code * 2.0**-9, normal)
+
+
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` rounded to what ``dtype`` can hold, in its own dtype; a zero becomes compressed-tensors' stand-in."""
     if dtype == torch.float8_e4m3fn:
-        rounded, stand_in = Grid(8, "float").round(scale.clamp(max=448.0)), 0.125
+        rounded, stand_in = Grid(8, "float").round(scale.clamp(max=448.0)), _E4M3_STAND_IN
     else:
         largest = min(torch.finfo(dtype).max, torch.finfo(scale.dtype).max)
         rounded = scale.clamp(max=largest).to(dtype).to(scale.dtype)

@@ -14,9 +14,10 @@ Shape suffixes as in :mod:`fxmse.numerics`: O observations, Q qparams, C candida
 import functools
 import itertools
 import math
+import struct
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -26,7 +27,14 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from fxmse.layout import MAX_ELEMENTS, Layout
-from fxmse.numerics import Format, calculate_global_scale, calculate_scale_and_zero_point
+from fxmse.numerics import (
+    Format,
+    Grid,
+    calculate_global_scale,
+    calculate_scale_and_zero_point,
+    count_stored_scales,
+    list_stored_scales,
+)
 from fxmse.power import AbsolutePower
 
 __all__ = ["Range", "SearchOptions", "check_argument", "measure_range", "search", "search_global_range"]
@@ -37,10 +45,14 @@ _MAX_TABLE = 1 << 20
 _MIN_COMPILED = 1 << 12
 # Uncompiled, so many errors are held at a time.
 _MAX_EAGER = 1 << 20
-_WORD = 62  # steps per word of a bit set
+_WORD = 24  # steps per word of a bit set: what float32 holds exactly
 # Scales whose ratio is a power of two may round a group of floats alike. What is summed up for them differs by the
 # noise of float32 powers and sums then, at most 4.3e-7 where it was measured.
 _TIE = 2.0**-21
+# Of a tensor_group value: so many of the largest groups, and as many of all, are looked at first.
+_NUM_LARGEST = 1 << 10
+# Rows that are long and short to an innermost loop.
+_LONG_ROW, _SHORT_ROW = 4096, 128
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -115,15 +127,45 @@ class _Problem:
     power: AbsolutePower
     patience: int
     expand: float
-    is_one_group: bool
+    is_spread: bool  # whether each group is spread over all of the value, which is then one tile
     optimize_global_scale: bool
+    num_scales: int | None  # that a group's candidates can be stored as, where that is fewer than candidates
+
+    @classmethod
+    def of(
+        cls,
+        format: Format,
+        dtype: torch.dtype,
+        options: SearchOptions,
+        layout: Layout,
+        optimize_global_scale: bool = False,
+    ) -> "_Problem":
+        num_steps = len(options.factors)
+        num_scales = None if optimize_global_scale else count_stored_scales(format, options.factors[-1])
+        return cls(
+            format,
+            dtype,
+            options.power,
+            int(options.patience) or num_steps,
+            float(options.expand),
+            layout.strategy == "tensor" or layout.base_name != "weight",
+            optimize_global_scale,
+            num_scales if num_scales is not None and num_scales < num_steps else None,
+        )
 
 
 class _Scores(NamedTuple):
-    low_Q: Tensor  # float32
-    high_Q: Tensor  # float32
-    improved_QW: Tensor  # int64 bit sets: the steps at which a group's error fell
+    """What is kept of a tile."""
+
+    range: Range  # [Q], what the candidates are factors of
+    improved_QW: Tensor  # int32 bit sets: the steps at which a group's error fell
     any_improved_C: Tensor  # bool: the steps at which any group's did
+    num_steps: int  # so many candidates were evaluated
+
+
+class _Tile(NamedTuple):
+    values_OQG: Tensor
+    weights_OQG: Tensor | None  # of the elements' errors; O and Q may be 1
 
 
 def search(
@@ -163,33 +205,18 @@ def search(
     assert importance is None or layout.strategy in ("channel", "group", "tensor_group")
     if optimize_global_scale:
         global_scale = None
-    problem = _Problem(
-        format,
-        value.dtype,
-        options.power,
-        int(options.patience) or len(options.factors),
-        float(options.expand),
-        layout.strategy == "tensor",
-        optimize_global_scale,
-    )
-    with torch.no_grad():
-        factors_C = _factors_on(options, value)
+    problem = _Problem.of(format, value.dtype, options, layout, optimize_global_scale)
+
+    def cut() -> Iterator[_Tile]:
         max_groups = _MAX_TABLE // len(options.factors)
-        tiles = layout.tiles(value.detach(), max_groups)
-        if problem.is_one_group and value.dtype not in _HALF:
-            best = _run(_solve, problem, next(tiles), factors_C, global_scale)
-        elif problem.is_one_group or layout.base_name != "weight":
-            best = _solve_in_parts(problem, next(tiles), factors_C, global_scale)
-        else:
-            weights: Iterable[Tensor | None] = itertools.repeat(None)
-            if importance is not None:
-                weights = layout.channel_tiles(importance, value.shape, max_groups)
-            scores = [
-                _run(_score, problem, tile, factors_C, global_scale, weights_QG)
-                for tile, weights_QG in zip(tiles, weights, strict=False)
-            ]
-            best = _choose(problem, scores, factors_C)
-        return Range(best.min.reshape(shape), best.max.reshape(shape))
+        weights: Iterable[Tensor | None] = itertools.repeat(None)
+        if importance is not None:
+            weights = layout.channel_tiles(importance, value.shape, max_groups)
+        return map(_cut_rows, layout.tiles(value.detach(), max_groups), weights)
+
+    with torch.no_grad():
+        best, _ = _search_tiles(problem, cut, _factors_on(options, value), global_scale)
+    return Range(best.min.reshape(shape), best.max.reshape(shape))
 
 
 def search_global_range(
@@ -204,72 +231,188 @@ def search_global_range(
     ``optimize_global_scale`` and ``layout.as_one_group()``) shrinks until the scales of the largest groups no longer
     fit their dtype.
     """
-    best = search(value, replace(format, scale_dtype=None), layout, options, importance=importance)
+    exact = replace(format, scale_dtype=None)
+    best = None
+    if importance is None and layout.base_name == "weight" and _reads_flags(value):
+        best = _search_largest_groups(value, exact, layout, options)
+    if best is None:
+        best = search(value, exact, layout, options, importance=importance)
     return Range(best.min.amin().reshape(1), best.max.amax().reshape(1))
+
+
+def _search_largest_groups(value: Tensor, format: Format, layout: Layout, options: SearchOptions) -> Range | None:
+    """The best ranges of groups that include the largest of all; None where they cannot be told from a few groups.
+
+    No group's best range is larger than ``expand`` times its own. So the groups with the largest values are searched,
+    and where the best range of one of them is as large as all others could be, that is the largest. Some of all
+    other groups are searched beside them: patience ends the search where no group at all improves, and is out of the
+    question if these few go on improving.
+    """
+    assert layout.group_size is not None
+    groups_QG = value.detach().reshape(-1, layout.group_size)
+    if len(groups_QG) <= 4 * _NUM_LARGEST:
+        return None
+    own = measure_range(groups_QG, Layout("weight", "channel"))
+    absmax_Q = torch.maximum(-own.min, own.max).flatten()
+    largest = absmax_Q.topk(_NUM_LARGEST + 1)
+    spread = torch.arange(0, len(groups_QG), len(groups_QG) // _NUM_LARGEST, device=value.device)
+    some_QG = groups_QG[torch.cat([largest.indices[:-1], spread])]
+    problem = _Problem.of(format, value.dtype, options, layout)
+    with torch.no_grad():
+        tile = _Tile(some_QG[None], None)
+        best, num_steps = _search_tiles(problem, lambda: iter([tile]), _factors_on(options, value), None)
+    others = largest.values[-1] * options.expand
+    is_certain = num_steps == len(options.factors) and torch.maximum(-best.min, best.max).amax() >= others
+    return best if is_certain else None
 
 
 def measure_range(value: Tensor, layout: Layout) -> Range:
     """The smallest and largest value of each group."""
     shape = layout.qparam_shape(value.shape)
     with torch.no_grad():
-        parts = [_measure(tile) for tile in layout.tiles(value.detach(), _MAX_TABLE)]
+        parts = [_run(_measure, None, _as_float(tile)) for tile in layout.tiles(value.detach(), _MAX_TABLE)]
     return Range(torch.cat([p.min for p in parts]).reshape(shape), torch.cat([p.max for p in parts]).reshape(shape))
 
 
-def _solve(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> Range:
-    """The whole search of a value that is one tile."""
-    return _choose(problem, [_score(problem, values_OQG, factors_C, global_scale)], factors_C)
+def _search_tiles(
+    problem: _Problem, cut: Callable[[], Iterator[_Tile]], factors_C: Tensor, global_scale: Tensor | None
+) -> tuple[Range, int]:
+    """The range [Q] of each group's best candidate in all tiles that ``cut`` gives, and where patience ended it.
 
-
-def _solve_in_parts(problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None) -> Range:
-    """The same for groups that are spread over many observations: errors of some at a time are added up."""
-    low_Q, high_Q = _measure(values_OQG, problem.expand)
-    num_parts = 1
-    if not _is_traced(values_OQG):
-        table_size = values_OQG.shape[0] * values_OQG.shape[1] * len(factors_C)
-        num_parts = max(-(-values_OQG.numel() // MAX_ELEMENTS), -(-table_size // _MAX_TABLE))
-    errors_QC = torch.stack(
-        [
-            _run(_sum_errors, problem, part_OQG, factors_C, global_scale, low_Q, high_Q)
-            for part_OQG in values_OQG.tensor_split(num_parts)
-        ]
-    ).sum(0)
-    return _choose(problem, [_compare(low_Q, high_Q, errors_QC)], factors_C)
+    Patience looks at the groups of all tiles. Where a flag can be read without waiting for a device, candidates behind
+    the end that the steps seen so far lead to are not evaluated; an improvement in a later tile moves it, and
+    tiles that stopped before are then evaluated again.
+    """
+    total = len(factors_C)
+    any_improved_C = torch.zeros(total, dtype=torch.bool, device=factors_C.device)
+    scores: dict[int, _Scores] = {}
+    num_steps = total
+    while True:
+        for index, tile in enumerate(cut()):
+            if index in scores and scores[index].num_steps >= num_steps:
+                continue
+            score = _score(problem, tile, factors_C, global_scale, any_improved_C)
+            scores[index] = score
+            any_improved_C = any_improved_C | score.any_improved_C
+        num_steps = total
+        if _reads_flags(factors_C):
+            num_steps = _find_end(any_improved_C.tolist(), problem.patience)
+        if all(score.num_steps >= num_steps for score in scores.values()):
+            break
+    step_Q = torch.cat([_find_best_step(s.improved_QW, any_improved_C, problem.patience) for s in scores.values()])
+    factor_Q = factors_C[step_Q]
+    low_Q = torch.cat([score.range.min for score in scores.values()])
+    high_Q = torch.cat([score.range.max for score in scores.values()])
+    return Range(low_Q * factor_Q, high_Q * factor_Q), num_steps
 
 
 def _score(
+    problem: _Problem, tile: _Tile, factors_C: Tensor, global_scale: Tensor | None, any_improved_C: Tensor
+) -> _Scores:
+    """Evaluates the candidates of every group of a tile, as far as ``any_improved_C`` and its own errors say."""
+    values_OQG = _as_float(tile.values_OQG)
+    total = len(factors_C)
+    if problem.is_spread and _count_parts(values_OQG, total) == 1:
+        return _Scores(*_run(_score_at_once, problem, values_OQG, factors_C, global_scale), total)
+    own = _run(_measure, None, values_OQG)
+    own = Range(own.min * problem.expand, own.max * problem.expand)
+    if problem.num_scales or not _reads_flags(factors_C):
+        errors_CQ = _sum_in_parts(problem, values_OQG, tile.weights_OQG, factors_C, global_scale, own)
+        improved_QW, found_C = _run(_find_improvements, None, errors_CQ, num_elements=values_OQG.numel())
+        return _Scores(own, improved_QW, found_C, total)
+    errors_CQ = torch.full((total, len(own.min)), math.inf, device=factors_C.device)
+    num_steps, improved = 0, any_improved_C.tolist()
+    while num_steps < (end := _find_end(improved, problem.patience)):
+        # While the last step improved no end is in sight: one more pass over the data is best spent on all the rest.
+        # At least two steps at a time: torch.compile makes a graph of its own for one.
+        end = total if num_steps and improved[num_steps - 1] else min(max(end, num_steps + 2), total)
+        start = max(0, min(num_steps, end - 2))
+        errors_CQ[start:end] = _sum_in_parts(
+            problem, values_OQG, tile.weights_OQG, factors_C[start:end], global_scale, own
+        )
+        num_steps = end
+        improved_QW, found_C = _run(_find_improvements, None, errors_CQ, num_elements=values_OQG.numel())
+        improved = (any_improved_C | found_C).tolist()
+    return _Scores(own, improved_QW, found_C, num_steps)
+
+
+def _find_end(any_improved: list[bool], patience: int) -> int:
+    """How many candidates the contract's loop evaluates at least, with improvements at these steps.
+
+    It ends once no group improved in ``patience`` steps in a row.
+    """
+    stale = 0
+    for step, is_improved in enumerate(any_improved):
+        stale = 0 if is_improved or step == 0 else stale + 1
+        if stale == patience:
+            return step + 1
+    return len(any_improved)
+
+
+def _cut_rows(values_OQG: Tensor, weights_QG: Tensor | None) -> _Tile:
+    """A weight's tile with long rows cut into several observations, as far as a divisor allows.
+
+    In a sum of more than 4096 elements Inductor uses an algorithm that rounds less and takes twice as long.
+    """
+    weights_OQG = None if weights_QG is None else weights_QG[None]
+    length = values_OQG.shape[-1]
+    # Two parts at least, so that shorter rows need no graph of their own.
+    least = max(2, -(-length // _LONG_ROW))
+    num_parts = next((n for n in range(least, length // _SHORT_ROW + 1) if length % n == 0), 1)
+    if len(values_OQG) > 1 or num_parts == 1:
+        return _Tile(values_OQG, weights_OQG)
+
+    def cut(rows_OQG: Tensor) -> Tensor:
+        return rows_OQG[0].unflatten(-1, (num_parts, -1)).movedim(-2, 0)
+
+    return _Tile(cut(values_OQG), None if weights_OQG is None else cut(weights_OQG))
+
+
+def _measure(_: None, values_OQG: Tensor) -> Range:
+    """The range [Q] of each group of a tile."""
+    return Range(values_OQG.amin((0, -1)).flatten().float(), values_OQG.amax((0, -1)).flatten().float())
+
+
+def _sum_in_parts(
     problem: _Problem,
     values_OQG: Tensor,
+    weights_OQG: Tensor | None,
     factors_C: Tensor,
     global_scale: Tensor | None,
-    weights_QG: Tensor | None = None,
-) -> _Scores:
-    """Evaluates every candidate of every group of a tile that holds all of its groups."""
-    low_Q, high_Q = _measure(values_OQG, problem.expand)
-    errors_QC = _sum_errors(problem, values_OQG, factors_C, global_scale, low_Q, high_Q, weights_QG)
-    return _compare(low_Q, high_Q, errors_QC)
+    own: Range,
+) -> Tensor:
+    """``_sum_errors``, for groups that are spread over many observations some of these at a time."""
+    errors = [
+        _run(_sum_errors, problem, _as_float(part_OQG), factors_C, global_scale, *own, weights_OQG)
+        for part_OQG in values_OQG.tensor_split(_count_parts(values_OQG, len(factors_C)) if problem.is_spread else 1)
+    ]
+    return errors[0] if len(errors) == 1 else torch.stack(errors).sum(0)
 
 
-def _measure(values_OQG: Tensor, expand: float = 1.0) -> Range:
-    """``expand`` times the range [Q] of each group of a tile."""
-    return Range(values_OQG.amin((0, 2)).float() * expand, values_OQG.amax((0, 2)).float() * expand)
+def _count_parts(values_OQG: Tensor, num_steps: int) -> int:
+    """Into how many parts the observations are cut, so that copies and tables stay small."""
+    if _is_traced(values_OQG):
+        return 1
+    num_parts = -(-values_OQG.shape[0] * values_OQG.shape[1] * num_steps // _MAX_TABLE)
+    if values_OQG.dtype in _HALF:
+        num_parts = max(num_parts, -(-values_OQG.numel() // MAX_ELEMENTS))
+    return num_parts
 
 
-def _compare(low_Q: Tensor, high_Q: Tensor, errors_QC: Tensor) -> _Scores:
-    """What is kept of an error table."""
-    improved_QC = _find_improvements(errors_QC)
-    return _Scores(low_Q, high_Q, _pack_bits(improved_QC), improved_QC.any(0))
+def _as_float(values_OQG: Tensor) -> Tensor:
+    # Inductor does not vectorise bit casts next to half precision; a small copy pays five times over.
+    if values_OQG.numel() > MAX_ELEMENTS or _is_traced(values_OQG):
+        return values_OQG
+    return values_OQG.float()
 
 
-def _choose(problem: _Problem, scores: list[_Scores], factors_C: Tensor) -> Range:
-    """The range [Q] of each group's best candidate; patience looks at the groups of all tiles."""
-    any_improved_C = torch.stack([score.any_improved_C for score in scores]).any(0)
-    step_Q = torch.cat([_find_best_step(score.improved_QW, any_improved_C, problem.patience) for score in scores])
-    factor_Q = factors_C[step_Q]
-    return Range(
-        torch.cat([score.low_Q for score in scores]) * factor_Q,
-        torch.cat([score.high_Q for score in scores]) * factor_Q,
-    )
+def _score_at_once(
+    problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None
+) -> tuple[Range, Tensor, Tensor]:
+    """All of ``_score`` in one graph, for activations and other values of few groups: each call would cost."""
+    own = Range(*(end * problem.expand for end in _measure(None, values_OQG)))
+    errors_CQ = _sum_errors(problem, values_OQG, factors_C, global_scale, *own)
+    return own, *_find_improvements(None, errors_CQ)
 
 
 def _sum_errors(
@@ -279,71 +422,148 @@ def _sum_errors(
     global_scale: Tensor | None,
     low_Q: Tensor,
     high_Q: Tensor,
-    weights_QG: Tensor | None = None,
+    weights_OQG: Tensor | None = None,
 ) -> Tensor:
-    """error[c] of every group, shape [Q, C], float64; ``weights_QG`` (Q may be 1) weighs the elements."""
-    min_QC, max_QC = low_Q[:, None] * factors_C, high_Q[:, None] * factors_C
-    if problem.optimize_global_scale:
-        global_scale = calculate_global_scale(min_QC, max_QC)
-    scale_QC, zero_point_QC = calculate_scale_and_zero_point(
-        min_QC, max_QC, problem.format, dtype=problem.dtype, global_scale=global_scale
-    )
+    """error[c] of every group, shape [Q, C], float64; ``weights_OQG`` (Q may be 1) weighs the elements."""
+    base_Q, _ = _calculate_scale(problem, low_Q, high_Q, global_scale)
+    min_CQ, max_CQ = factors_C[:, None] * low_Q, factors_C[:, None] * high_Q
+    scale_CQ, zero_point_CQ = _calculate_scale(problem, min_CQ, max_CQ, global_scale)
+    if problem.num_scales is None:
+        sums_CQ = _sum_powers_in_parts(problem, values_OQG, scale_CQ, zero_point_CQ, weights_OQG)
+        return sums_CQ * torch.pow(scale_CQ / base_Q, problem.power.exponent)
+    # Few different scales: each is evaluated once, and every candidate takes the error of its own. Selecting is
+    # vectorised where indexing is not.
+    index_CQ, scale_KQ = list_stored_scales(base_Q, scale_CQ, problem.format, problem.num_scales)
     if global_scale is not None:
-        scale_QC = scale_QC / global_scale
-    # Compiled, the candidates are a loop around a row that stays in cache. Uncompiled they would be copies of the
-    # data: take as many at a time as fit.
-    num_steps = scale_QC.shape[1]
-    at_a_time = num_steps
+        base_Q, scale_KQ = base_Q / global_scale, scale_KQ / global_scale
+    sums_KQ = _sum_powers_in_parts(problem, values_OQG, scale_KQ, torch.zeros_like(scale_KQ), weights_OQG)
+    errors_KQ = sums_KQ * torch.pow(scale_KQ / base_Q, problem.power.exponent)
+    errors_CQ = errors_KQ[0].expand_as(index_CQ)
+    for index in range(1, problem.num_scales):
+        errors_CQ = torch.where(index_CQ == index, _keep(errors_KQ)[index], errors_CQ)
+    return errors_CQ
+
+
+def _calculate_scale(problem: _Problem, min: Tensor, max: Tensor, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale, in units of x, and zero point of ranges; with few stored scales the scale as it is stored."""
+    if problem.optimize_global_scale:
+        global_scale = calculate_global_scale(min, max)
+    scale, zero_point = calculate_scale_and_zero_point(
+        min, max, problem.format, dtype=problem.dtype, global_scale=global_scale
+    )
+    if global_scale is not None and problem.num_scales is None:
+        scale = scale / global_scale
+    return scale, zero_point
+
+
+def _sum_powers_in_parts(
+    problem: _Problem, values_OQG: Tensor, scale_CQ: Tensor, zero_point_CQ: Tensor, weights_OQG: Tensor | None
+) -> Tensor:
+    """``_sum_powers``, uncompiled so many candidates at a time as may be copies of the data."""
+    # Compiled, the candidates are a loop around a row that stays in cache.
+    at_a_time = len(scale_CQ)
     if not torch.compiler.is_compiling():
-        at_a_time = max(1, min(num_steps, _MAX_EAGER // values_OQG.numel()))
+        at_a_time = max(1, min(at_a_time, _MAX_EAGER // values_OQG.numel()))
     parts = [
-        _sum_powers(problem, values_OQG, scale, zero_point, weights_QG)
-        for scale, zero_point in zip(scale_QC.split(at_a_time, 1), zero_point_QC.split(at_a_time, 1), strict=True)
+        _sum_powers(problem, values_OQG, scale, zero_point, weights_OQG)
+        for scale, zero_point in zip(scale_CQ.split(at_a_time), zero_point_CQ.split(at_a_time), strict=True)
     ]
-    sums_QC = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return sums_QC * torch.pow(scale_QC / scale_QC[:, :1], problem.power.exponent)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _sum_powers(
-    problem: _Problem, values_OQG: Tensor, scale_QC: Tensor, zero_point_QC: Tensor, weights_QG: Tensor | None
+    problem: _Problem, values_OQG: Tensor, scale_CQ: Tensor, zero_point_CQ: Tensor, weights_OQG: Tensor | None
 ) -> Tensor:
-    """sum(weight * |round_to_grid(x / scale) - x / scale| ** norm) over O and G, shape [Q, C], float64."""
+    """sum(weight * |round_to_grid(x / scale) - x / scale| ** norm) over O and G, shape [C, Q].
+
+    A row's errors are summed up in float32 while it is in cache, the rows' in float64.
+    """
     grid = problem.format.grid
     # fake_quantize's error is continuous in x / scale, so that a reciprocal off by an ulp changes it by an ulp.
-    reciprocal_QC1 = _keep(scale_QC.reciprocal())[:, :, None]
-    values_OQCG = values_OQG.float()[:, :, None] * reciprocal_QC1
+    shape_CQ1 = (len(scale_CQ), *values_OQG.shape[1:-1], 1)
+    reciprocal_CQ1 = _keep(scale_CQ.reciprocal()).reshape(shape_CQ1)
+    values_OCQG = values_OQG.float()[:, None]
     if grid.type == "int":
-        # A whole zero point moves the grid by whole steps: moving the bounds instead keeps x / scale exact. The clamp
-        # is spelt with relu, which takes one instruction where a maximum that passes NaN on takes four.
-        qmin_QC1, qmax_QC1 = _keep(grid.qmin - zero_point_QC)[:, :, None], _keep(grid.qmax - zero_point_QC)[:, :, None]
-        above_OQCG = torch.relu(grid.round(values_OQCG - qmin_QC1))
-        rounded_OQCG = qmax_QC1 - torch.relu((grid.qmax - grid.qmin) - above_OQCG)
+        zero_point_CQ1 = None if problem.format.symmetric else zero_point_CQ.reshape(shape_CQ1)
+        errors_OCQG = _round_to_integer(values_OCQG, reciprocal_CQ1, grid, zero_point_CQ1)
     elif problem.format.symmetric:
-        rounded_OQCG = grid.round(values_OQCG.clamp(grid.qmin, grid.qmax))
+        errors_OCQG = _round_to_float(values_OCQG, reciprocal_CQ1, grid)
     else:
-        zero_point_QC1 = _keep(zero_point_QC)[:, :, None]
-        rounded_OQCG = grid.round((values_OQCG + zero_point_QC1).clamp(grid.qmin, grid.qmax)) - zero_point_QC1
-    # A row's errors are summed while it is in cache, the rows' in float64.
-    powers_OQCG = problem.power(rounded_OQCG - values_OQCG)
-    if weights_QG is not None:
-        powers_OQCG = powers_OQCG * weights_QG[:, None]
-    return powers_OQCG.sum(-1).sum(0, dtype=torch.float64)
+        scaled_OCQG = values_OCQG * reciprocal_CQ1
+        zero_point_CQ1 = _keep(zero_point_CQ).reshape(shape_CQ1)
+        rounded_OCQG = grid.round((scaled_OCQG + zero_point_CQ1).clamp(grid.qmin, grid.qmax))
+        errors_OCQG = (rounded_OCQG - zero_point_CQ1) - scaled_OCQG
+    powers_OCQG = problem.power(errors_OCQG)
+    if weights_OQG is not None:
+        powers_OCQG = powers_OCQG * weights_OQG[:, None]
+    sums_OCQ = powers_OCQG.sum(-1).flatten(2)
+    return sums_OCQ[0] if len(values_OQG) == 1 else sums_OCQ.sum(0, dtype=torch.float64)
 
 
-def _keep(table_QC: Tensor) -> Tensor:
-    """``table_QC`` itself, and in a compiled graph a buffer.
+def _round_to_integer(values: Tensor, reciprocal: Tensor, grid: Grid, zero_point: Tensor | None) -> Tensor:
+    """The error of rounding x / scale to an integer grid, in units of the scale.
+
+    1.5 * 2 ** 23 has the adder round, half to even. Positive floats are ordered as their bits are, and negative ones
+    below them, so that the clamp is one of integers: one instruction a bound, where one of floats that passes NaN on
+    takes four. The last difference passes it on.
+    """
+    shift, shift_bits = 1.5 * 2.0**23, 0x4B40_0000
+    bits = (values * reciprocal + shift).view(torch.int32)
+    low, high = shift_bits + int(grid.qmin), shift_bits + int(grid.qmax)
+    if zero_point is None:
+        bits = bits.clamp(low, high)
+    else:
+        # A whole zero point moves the grid by whole steps: moving the bounds instead keeps x / scale exact.
+        steps = zero_point.to(torch.int32)
+        bits = torch.minimum(torch.maximum(bits, _keep(low - steps)), _keep(high - steps))
+    return (bits.view(torch.float32) - shift) - values * reciprocal
+
+
+def _round_to_float(values: Tensor, reciprocal: Tensor, grid: Grid) -> Tensor:
+    """The error of rounding |x| / scale to a float grid, in units of the scale; both signs have the same.
+
+    As ``Grid.round``, with the clamp one of integers: see ``_round_to_integer``.
+    """
+    magnitudes = values.abs()
+    clamped = (magnitudes * reciprocal).view(torch.int32).clamp(max=_to_bits(grid.qmax))
+    power = (clamped & 0x7F80_0000).clamp(min=_to_bits(2.0**grid.min_exponent)).view(torch.float32)
+    shift = power * 2.0 ** (23 - grid.mantissa_bits)
+    rounded = (clamped.view(torch.float32) + shift) - shift
+    return rounded - magnitudes * reciprocal
+
+
+def _to_bits(value: float) -> int:
+    return int.from_bytes(struct.pack("<f", value), "little")
+
+
+def _keep(table: Tensor) -> Tensor:
+    """``table`` itself, and in a compiled graph a buffer.
 
     Inductor would otherwise compute each entry anew for every vector of the innermost loop. It writes whatever
     as_strided looks at.
     """
-    return table_QC.as_strided(table_QC.shape, table_QC.stride())
+    return table.as_strided(table.shape, table.stride())
 
 
-def _find_improvements(errors_QC: Tensor) -> Tensor:
-    """The steps whose error is below all errors before by more than a tie; the first one where it is finite."""
-    best_QC = torch.cummin(errors_QC, dim=1).values
-    first = errors_QC[:, :1] < torch.finfo(torch.float32).max
-    return torch.cat([first, errors_QC[:, 1:] < best_QC[:, :-1] * (1 - _TIE)], dim=1)
+def _find_improvements(_: None, errors_CQ: Tensor) -> tuple[Tensor, Tensor]:
+    """The steps whose error is below all errors before by more than a tie; the first one where it is finite.
+
+    Returns:
+        bit sets [Q, W] of ``_WORD`` steps a word, and which steps improved any group, bool [C].
+    """
+    best_Q = torch.full_like(errors_CQ[0], torch.finfo(torch.float32).max)
+    words, any_improved = [], []
+    margin = 1.0
+    for part_CQ in errors_CQ.split(_WORD):
+        # Floats add up powers of two as exactly, and are what vectorises.
+        word_Q = torch.zeros_like(best_Q, dtype=torch.float32)
+        for place, errors_Q in enumerate(part_CQ.unbind(0)):
+            improved_Q = torch.where(errors_Q < best_Q * margin, 1.0, 0.0)
+            best_Q, margin = torch.minimum(best_Q, errors_Q), 1 - _TIE
+            word_Q = word_Q + improved_Q * 2.0**place
+            any_improved.append(improved_Q.amax())
+        words.append(word_Q)
+    return torch.stack(words, 1).int(), torch.stack(any_improved) > 0
 
 
 def _pack_bits(flags_QC: Tensor) -> Tensor:
@@ -351,7 +571,7 @@ def _pack_bits(flags_QC: Tensor) -> Tensor:
     words = []
     for part in flags_QC.split(_WORD, 1):
         place = torch.arange(part.shape[1], device=part.device)
-        words.append((part.long() << place).sum(1))
+        words.append((part.int() << place).sum(1, dtype=torch.int32))
     return torch.stack(words, 1)
 
 
@@ -366,30 +586,32 @@ def _find_best_step(improved_QW: Tensor, any_improved_C: Tensor, patience: int) 
         is_stale = (~any_improved_C).unfold(0, patience, 1).all(1)
         has_ended = torch.cat([is_stale.new_zeros(patience), is_stale.cumsum(0)[:-1] > 0])
         improved_QW = improved_QW & _pack_bits(~has_ended[None])
-    # A whole number has as many bits as there are powers of two up to it.
-    powers = 1 << torch.arange(min(_WORD, num_steps), device=improved_QW.device)
-    highest_QW = (improved_QW[:, :, None] >= powers).sum(2) - 1
+    # A float's exponent is the place of its highest bit; that of 0 is below all.
+    highest_QW = (improved_QW.float().view(torch.int32) >> 23) - 127
     offset_W = torch.arange(0, num_steps, _WORD, device=improved_QW.device)
     return torch.where(highest_QW >= 0, highest_QW + offset_W, 0).amax(1)
 
 
-def _run(stage: Callable[..., Any], problem: _Problem, values_OQG: Tensor, *tensors: Tensor | None) -> Any:
-    """Runs ``_solve``, ``_score`` or ``_sum_errors``, compiled where that pays and can be done."""
-    if _is_traced(values_OQG):
-        return stage(problem, values_OQG, *tensors)
-    if values_OQG.numel() <= MAX_ELEMENTS:
-        # Inductor does not vectorise bit casts next to half precision; the copy is small and pays five times over.
-        values_OQG = values_OQG.float()
-    if values_OQG.numel() < _MIN_COMPILED or not _Compiler.is_usable:
-        return stage(problem, values_OQG, *tensors)
+def _run(
+    stage: Callable[..., Any], problem: _Problem | None, *tensors: Tensor | None, num_elements: int | None = None
+) -> Any:
+    """Runs a stage of the search, compiled where that pays and can be done; by default by the first tensor's size."""
+    first = tensors[0]
+    assert first is not None
+    if _is_traced(first) or (num_elements or first.numel()) < _MIN_COMPILED or not _Compiler.is_usable:
+        return stage(problem, *tensors)
     # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
-    # would find it out. Weights are one observation, and per-tensor values one group: there O and Q stay 1.
-    for tensor in (values_OQG, *(t for t in tensors if t is not None and t.dim() > 1)):
-        for dim in range(tensor.dim()):
-            if tensor.shape[dim] != 1:
+    # would find it out. Those of size 1 are compiled for that; the number of candidates becomes part of the graph
+    # where they are looked at one after the other.
+    signature = []
+    for tensor in tensors:
+        sizes = () if tensor is None else tensor.shape
+        signature.append((None if tensor is None else tensor.dtype, *(size == 1 for size in sizes)))
+        for dim, size in enumerate(sizes):
+            if tensor is not None and size != 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
     try:
-        return _compile(stage, problem)(values_OQG, *tensors)
+        return _compile(stage, problem, tuple(signature))(*tensors)
     except Exception as error:
         if not _is_missing_compiler(error):
             raise
@@ -400,7 +622,7 @@ def _run(stage: Callable[..., Any], problem: _Problem, values_OQG: Tensor, *tens
             RuntimeWarning,
             stacklevel=2,
         )
-        return stage(problem, values_OQG, *tensors)
+        return stage(problem, *tensors)
 
 
 _serial = itertools.count()
@@ -413,14 +635,16 @@ class _Compiler:
 
 
 @functools.cache
-def _compile(stage: Callable[..., Any], problem: _Problem) -> Callable[..., Any]:
-    """One graph per problem: a code object of its own keeps Dynamo's limit of recompilations away from it."""
+def _compile(stage: Callable[..., Any], problem: _Problem | None, signature: tuple[Any, ...]) -> Callable[..., Any]:
+    """One graph per problem and signature (dtypes, and which dimensions are 1).
 
-    def run(values_OQG: Tensor, *tensors: Tensor | None) -> Any:
-        return stage(problem, values_OQG, *tensors)
+    A code object of its own keeps Dynamo's limit of recompilations away from it.
+    """
 
-    grid = problem.format.grid
-    code = run.__code__.replace(co_name=f"search_{grid.type}{grid.num_bits}_{next(_serial)}")
+    def run(*tensors: Tensor | None) -> Any:
+        return stage(problem, *tensors)
+
+    code = run.__code__.replace(co_name=f"{stage.__name__.strip('_')}_{next(_serial)}")
     run = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
     # Contraction (x * y + z rounded once) makes the errors more exact, and the power a third faster.
     return torch.compile(run, fullgraph=True, options={"cpp.enable_floating_point_contract_flag": "fast"})
@@ -444,6 +668,11 @@ def _first_line(error: Exception) -> str:
 def _is_traced(value: Tensor) -> bool:
     """Whether somebody else's graph is being made, or ``value`` has no data that a kernel could read."""
     return torch.compiler.is_compiling() or isinstance(value, FakeTensor)
+
+
+def _reads_flags(tensor: Tensor) -> bool:
+    """Whether a flag's value can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu" and not _is_traced(tensor)
 
 
 def _factors_on(options: SearchOptions, value: Tensor) -> Tensor:

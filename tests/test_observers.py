@@ -48,7 +48,9 @@ def assert_same_qparams(ours, reference, groups=None, args=None, norm=2.4):
 
 
 def as_groups(value, base_name, args):
-    return torch.cat([tile.transpose(0, 1).flatten(1) for tile in Layout.of(args, base_name).tiles(value, 1 << 20)])
+    return torch.cat(
+        [tile.flatten(1, -2).transpose(0, 1).flatten(1) for tile in Layout.of(args, base_name).tiles(value, 1 << 20)]
+    )
 
 
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)

@@ -26,7 +26,7 @@ TIE = 1e-6
 
 
 def as_groups(weight, layout):
-    return torch.cat([tile.transpose(0, 1).flatten(1) for tile in layout.tiles(weight, 1 << 20)])
+    return torch.cat([tile.flatten(1, -2).transpose(0, 1).flatten(1) for tile in layout.tiles(weight, 1 << 20)])
 
 
 def assert_follows_contract(weight, args, options, global_scale=None, optimize_global_scale=False):
@@ -123,16 +123,27 @@ def test_compiled_search_follows_the_contract_and_equals_the_uncompiled_one(monk
     assert len(step.unique()) > 4
 
 
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_one_graph_per_scheme_over_shapes_batches_and_ranks():
     torch._dynamo.reset()
     search_module._compile.cache_clear()
     counters.clear()
-    weight_args = make_args(4, strategy="group", group_size=64)
-    for rows, columns in ((64, 128), (96, 256), (33, 192), (512, 64)):
-        search(torch.randn(rows, columns), Format.of(weight_args), Layout.of(weight_args, "weight"), SearchOptions())
-    assert counters["stats"]["unique_graphs"] == 1
+
+    def search_weights(args, *shapes):
+        for shape in shapes:
+            search(torch.randn(shape), Format.of(args), Layout.of(args, "weight"), SearchOptions())
+        return counters["stats"]["unique_graphs"]
+
+    # All schemes of groups share two graphs, for their ranges and for what improved, and have one each.
+    groups = (64, 128), (96, 256), (33, 192), (512, 64), (17, 4096)
+    assert search_weights(make_args(4, strategy="group", group_size=64), *groups) == 3
+    assert search_weights(make_args(3, strategy="group", group_size=32), *groups) == 4
+    # Long rows are cut, and their ranges need another graph; 8192 x 512 is several tiles.
+    rows = (64, 512), (96, 768), (12, 11008), (512, 8192), (8192, 512)
+    assert search_weights(make_args(8, strategy="channel"), *rows) == 6
     args = make_args(8)
-    for num_graphs, dtype in ((2, torch.float32), (3, torch.bfloat16)):
+    # In half precision values over 2 ** 20 elements are observed in parts, which takes three graphs more.
+    for num_graphs, dtype in ((7, torch.float32), (11, torch.bfloat16)):
         for shape in ((8, 16, 64), (2, 31, 96), (128, 384), (3, 5, 7, 256), (64, 65, 2), (3, 700, 512)):
             search(torch.randn(shape).to(dtype), Format.of(args), Layout.of(args, "input"), SearchOptions())
         assert counters["stats"]["unique_graphs"] == num_graphs
