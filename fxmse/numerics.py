@@ -192,11 +192,11 @@ def count_stored_scales(format: Format, shrink: float) -> int | None:
         return 1 + math.ceil(-math.log2(shrink) + 1e-6)
     if format.scale_dtype != torch.float8_e4m3fn:
         return None
-    # The scale that rounds to a value and is as large as can be, and what is left of it.
+    # The smallest scale that rounds to a value, and what that is rounded to when it shrinks.
     values = _decode_e4m3(torch.arange(_E4M3_CODES))
-    largest = torch.cat([(values[:-1] + values[1:]) / 2, values[-1:]])
-    smallest = Grid(8, "float").round(largest * (shrink * (1 - 1e-6)))
-    return 1 + int((torch.arange(_E4M3_CODES) - _encode_e4m3(smallest)).max())
+    middles = (values[:-1] + values[1:]) / 2
+    shrunk = Grid(8, "float").round(middles * (shrink * (1 - 1e-6)))
+    return 1 + int((torch.arange(1, _E4M3_CODES) - _encode_e4m3(shrunk)).max())
 
 
 def list_stored_scales(largest: Tensor, scales: Tensor, format: Format, num_scales: int) -> tuple[Tensor, Tensor]:

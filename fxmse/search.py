@@ -17,10 +17,13 @@ import math
 import struct
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -37,12 +40,23 @@ from fxmse.numerics import (
 )
 from fxmse.power import AbsolutePower
 
-__all__ = ["Range", "SearchOptions", "check_argument", "measure_range", "search", "search_global_range"]
+__all__ = [
+    "Range",
+    "SearchOptions",
+    "check_argument",
+    "compilation",
+    "measure_range",
+    "search",
+    "search_global_range",
+]
 
 # Entries of a table [Q, C]: 4 MiB in float32, 8 MiB for the errors' float64, whatever the value's size.
 _MAX_TABLE = 1 << 20
-# Below this many elements the uncompiled search takes a few ms, and a compiled one would not earn its compilation.
+# Below this many elements the uncompiled search takes a few ms, whatever else is compiled.
 _MIN_COMPILED = 1 << 12
+# Errors (elements times candidates) that take about as long to evaluate uncompiled, at 6 ns each, as a scheme's graphs
+# take to be compiled where no cache has them.
+_COMPILATION_WORK = 1 << 29
 # Uncompiled, so many errors are held at a time.
 _MAX_EAGER = 1 << 20
 _WORD = 24  # steps per word of a bit set: what float32 holds exactly
@@ -54,6 +68,9 @@ _NUM_LARGEST = 1 << 10
 # Rows that are long and short to an innermost loop.
 _LONG_ROW, _SHORT_ROW = 4096, 128
 _HALF = (torch.bfloat16, torch.float16)
+
+
+_Mode = Literal["auto", "always", "never"]
 
 
 class Range(NamedTuple):
@@ -215,7 +232,8 @@ def search(
         return map(_cut_rows, layout.tiles(value.detach(), max_groups), weights)
 
     with torch.no_grad():
-        best, _ = _search_tiles(problem, cut, _factors_on(options, value), global_scale)
+        is_compiled = _pays_to_compile(problem, value, len(options.factors))
+        best, _ = _search_tiles(problem, cut, _factors_on(options, value), global_scale, is_compiled)
     return Range(best.min.reshape(shape), best.max.reshape(shape))
 
 
@@ -260,7 +278,8 @@ def _search_largest_groups(value: Tensor, format: Format, layout: Layout, option
     problem = _Problem.of(format, value.dtype, options, layout)
     with torch.no_grad():
         tile = _Tile(some_QG[None], None)
-        best, num_steps = _search_tiles(problem, lambda: iter([tile]), _factors_on(options, value), None)
+        is_compiled = _pays_to_compile(problem, value, len(options.factors))
+        best, num_steps = _search_tiles(problem, lambda: iter([tile]), _factors_on(options, value), None, is_compiled)
     others = largest.values[-1] * options.expand
     is_certain = num_steps == len(options.factors) and torch.maximum(-best.min, best.max).amax() >= others
     return best if is_certain else None
@@ -270,12 +289,16 @@ def measure_range(value: Tensor, layout: Layout) -> Range:
     """The smallest and largest value of each group."""
     shape = layout.qparam_shape(value.shape)
     with torch.no_grad():
-        parts = [_run(_measure, None, _as_float(tile)) for tile in layout.tiles(value.detach(), _MAX_TABLE)]
+        parts = [_measure(None, _as_float(tile)) for tile in layout.tiles(value.detach(), _MAX_TABLE)]
     return Range(torch.cat([p.min for p in parts]).reshape(shape), torch.cat([p.max for p in parts]).reshape(shape))
 
 
 def _search_tiles(
-    problem: _Problem, cut: Callable[[], Iterator[_Tile]], factors_C: Tensor, global_scale: Tensor | None
+    problem: _Problem,
+    cut: Callable[[], Iterator[_Tile]],
+    factors_C: Tensor,
+    global_scale: Tensor | None,
+    is_compiled: bool,
 ) -> tuple[Range, int]:
     """The range [Q] of each group's best candidate in all tiles that ``cut`` gives, and where patience ended it.
 
@@ -291,7 +314,7 @@ def _search_tiles(
         for index, tile in enumerate(cut()):
             if index in scores and scores[index].num_steps >= num_steps:
                 continue
-            score = _score(problem, tile, factors_C, global_scale, any_improved_C)
+            score = _score(problem, tile, factors_C, global_scale, any_improved_C, is_compiled)
             scores[index] = score
             any_improved_C = any_improved_C | score.any_improved_C
         num_steps = total
@@ -307,18 +330,24 @@ def _search_tiles(
 
 
 def _score(
-    problem: _Problem, tile: _Tile, factors_C: Tensor, global_scale: Tensor | None, any_improved_C: Tensor
+    problem: _Problem,
+    tile: _Tile,
+    factors_C: Tensor,
+    global_scale: Tensor | None,
+    any_improved_C: Tensor,
+    is_compiled: bool,
 ) -> _Scores:
     """Evaluates the candidates of every group of a tile, as far as ``any_improved_C`` and its own errors say."""
     values_OQG = _as_float(tile.values_OQG)
     total = len(factors_C)
     if problem.is_spread and _count_parts(values_OQG, total) == 1:
-        return _Scores(*_run(_score_at_once, problem, values_OQG, factors_C, global_scale), total)
-    own = _run(_measure, None, values_OQG)
+        own, improved_QW, found_C = _run(is_compiled, _score_at_once, problem, values_OQG, factors_C, global_scale)
+        return _Scores(own, improved_QW, found_C, total)
+    own = _run(is_compiled, _measure, None, values_OQG)
     own = Range(own.min * problem.expand, own.max * problem.expand)
     if problem.num_scales or not _reads_flags(factors_C):
-        errors_CQ = _sum_in_parts(problem, values_OQG, tile.weights_OQG, factors_C, global_scale, own)
-        improved_QW, found_C = _run(_find_improvements, None, errors_CQ, num_elements=values_OQG.numel())
+        errors_CQ = _sum_in_parts(is_compiled, problem, values_OQG, tile.weights_OQG, factors_C, global_scale, own)
+        improved_QW, found_C = _run(is_compiled, _find_improvements, None, errors_CQ)
         return _Scores(own, improved_QW, found_C, total)
     errors_CQ = torch.full((total, len(own.min)), math.inf, device=factors_C.device)
     num_steps, improved = 0, any_improved_C.tolist()
@@ -328,10 +357,10 @@ def _score(
         end = total if num_steps and improved[num_steps - 1] else min(max(end, num_steps + 2), total)
         start = max(0, min(num_steps, end - 2))
         errors_CQ[start:end] = _sum_in_parts(
-            problem, values_OQG, tile.weights_OQG, factors_C[start:end], global_scale, own
+            is_compiled, problem, values_OQG, tile.weights_OQG, factors_C[start:end], global_scale, own
         )
         num_steps = end
-        improved_QW, found_C = _run(_find_improvements, None, errors_CQ, num_elements=values_OQG.numel())
+        improved_QW, found_C = _run(is_compiled, _find_improvements, None, errors_CQ)
         improved = (any_improved_C | found_C).tolist()
     return _Scores(own, improved_QW, found_C, num_steps)
 
@@ -374,6 +403,7 @@ def _measure(_: None, values_OQG: Tensor) -> Range:
 
 
 def _sum_in_parts(
+    is_compiled: bool,
     problem: _Problem,
     values_OQG: Tensor,
     weights_OQG: Tensor | None,
@@ -383,7 +413,7 @@ def _sum_in_parts(
 ) -> Tensor:
     """``_sum_errors``, for groups that are spread over many observations some of these at a time."""
     errors = [
-        _run(_sum_errors, problem, _as_float(part_OQG), factors_C, global_scale, *own, weights_OQG)
+        _run(is_compiled, _sum_errors, problem, _as_float(part_OQG), factors_C, global_scale, *own, weights_OQG)
         for part_OQG in values_OQG.tensor_split(_count_parts(values_OQG, len(factors_C)) if problem.is_spread else 1)
     ]
     return errors[0] if len(errors) == 1 else torch.stack(errors).sum(0)
@@ -592,13 +622,45 @@ def _find_best_step(improved_QW: Tensor, any_improved_C: Tensor, patience: int) 
     return torch.where(highest_QW >= 0, highest_QW + offset_W, 0).amax(1)
 
 
-def _run(
-    stage: Callable[..., Any], problem: _Problem | None, *tensors: Tensor | None, num_elements: int | None = None
-) -> Any:
-    """Runs a stage of the search, compiled where that pays and can be done; by default by the first tensor's size."""
-    first = tensors[0]
-    assert first is not None
-    if _is_traced(first) or (num_elements or first.numel()) < _MIN_COMPILED or not _Compiler.is_usable:
+def _pays_to_compile(problem: _Problem, value: Tensor, num_steps: int) -> bool:
+    """The rule of :func:`compilation`; a graph that is being made takes the search as it is."""
+    if _is_traced(value) or value.numel() < _MIN_COMPILED or (mode := _mode.get()) == "never":
+        return False
+    if mode == "auto" and _uncompiled_work[problem] < _COMPILATION_WORK:
+        _uncompiled_work[problem] += value.numel() * num_steps
+    return mode == "always" or _uncompiled_work[problem] >= _COMPILATION_WORK
+
+
+@contextmanager
+def compilation(mode: _Mode) -> Iterator[None]:
+    """Sets within a ``with`` block whether searches are compiled.
+
+    Args:
+        mode: "auto", the default: a scheme's searches run uncompiled until they would have taken as long as compiling
+            does, and compiled from then on. So a small model never waits for a compiler, a large one compiles at its
+            first weight, and neither takes more than twice the time of the better choice. "always" compiles from the
+            first value of 4096 elements on, "never" not at all. What is compiled is the same; candidates whose errors
+            tie to 2 ** -21 may be told apart differently.
+
+    Raises:
+        ValueError: another mode.
+    """
+    if mode not in get_args(_Mode):
+        raise ValueError(f"mode={mode!r}: expected one of {', '.join(get_args(_Mode))}")
+    token = _mode.set(mode)
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+_mode: ContextVar[_Mode] = ContextVar("compilation", default="auto")
+_uncompiled_work: Counter[_Problem] = Counter()
+
+
+def _run(is_compiled: bool, stage: Callable[..., Any], problem: _Problem | None, *tensors: Tensor | None) -> Any:
+    """Runs a stage of the search, compiled where that is wanted and can be done."""
+    if not is_compiled or not _Compiler.is_usable or any(t is not None and _is_traced(t) for t in tensors):
         return stage(problem, *tensors)
     # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
     # would find it out. Those of size 1 are compiled for that; the number of candidates becomes part of the graph

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import list_values, round_to
 
-from fxmse.numerics import Format, Grid, calculate_global_scale, calculate_scale_and_zero_point, round_scale
+from fxmse.numerics import (
+    Format,
+    Grid,
+    calculate_global_scale,
+    calculate_scale_and_zero_point,
+    count_stored_scales,
+    list_stored_scales,
+    round_scale,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,3 +85,27 @@ def test_stored_scale_is_never_zero_and_is_representable(scale, dtype):
 def test_formats_that_do_not_exist_are_named(kwargs, named):
     with pytest.raises(ValueError, match=named):
         Format.of(make_args(**kwargs))
+
+
+@pytest.mark.parametrize("args", [NVFP4, MXFP4, MXFP8], ids=["nvfp4", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("shrink", [0.99, 0.81, 0.5, 0.44, 0.05])
+def test_stored_scales_are_few_and_all_listed(args, shrink):
+    format_ = Format.of(args)
+    num_scales = count_stored_scales(format_, shrink)
+    # Magnitudes over the whole range of a stored scale, those that round to zero and those cut off included.
+    absmax = torch.cat([torch.logspace(-9, 4, 40_001, dtype=torch.float64).float(), torch.zeros(1)])
+    factors = torch.cat([torch.linspace(1, shrink, 401), torch.tensor([shrink])])
+    global_scale = torch.tensor([1.0]) if args is NVFP4 else None
+    candidates = factors[:, None] * absmax
+    scales, _ = calculate_scale_and_zero_point(
+        -candidates, candidates, format_, dtype=torch.float32, global_scale=global_scale
+    )
+    index, listed = list_stored_scales(scales[0], scales, format_, num_scales)
+    assert torch.equal(listed.gather(0, index.long()), scales)
+    most = max(len(column.unique()) for column in scales.T[::37])
+    assert most <= num_scales <= most + 1
+
+
+def test_scales_of_other_formats_are_not_counted():
+    for args in (make_args(8), make_args(4, strategy="group", group_size=32), make_args(8, "float")):
+        assert count_stored_scales(Format.of(args), 0.5) is None

@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 import fxmse.search as search_module
 from fxmse.layout import Layout
 from fxmse.numerics import Format, calculate_global_scale
-from fxmse.search import SearchOptions, measure_range, search
+from fxmse.search import SearchOptions, compilation, measure_range, search, search_global_range
 
 # A tie: the contract leaves either candidate to be chosen.
 TIE = 1e-6
@@ -109,13 +109,12 @@ def test_scales_of_a_candidate_are_rounded_as_they_are_stored():
     assert ((scale < wider) | (step == 0)).all()
 
 
-def test_compiled_search_follows_the_contract_and_equals_the_uncompiled_one(monkeypatch):
+def test_compiled_search_follows_the_contract_and_equals_the_uncompiled_one():
     weights = [make_weight(kind, rows=96, columns=256, seed=s) for s, kind in enumerate(DISTRIBUTIONS)]
     for name in ("int8_asym_channel", "int4_g32", "fp8_tensor", "int8_asym_tensor"):
         args = WEIGHT_ARGS[name]
         compiled = [assert_follows_contract(weight, args, SearchOptions()) for weight in weights]
-        with monkeypatch.context() as patch:
-            patch.setattr(search_module, "_MIN_COMPILED", 1 << 40)
+        with compilation("never"):
             eager = [assert_follows_contract(weight, args, SearchOptions()) for weight in weights]
         differing = sum((a != b).sum().item() for a, b in zip(compiled, eager, strict=True))
         assert differing <= 1e-3 * sum(map(len, eager))  # ties
@@ -165,9 +164,10 @@ WITHOUT_COMPILER = """
 import sys, warnings, torch
 from compressed_tensors.quantization import QuantizationArgs
 from fxmse.observers import Observer
+from fxmse.search import compilation
 args = QuantizationArgs(num_bits=3, strategy="channel")
 weights = torch.load(sys.argv[1])
-with warnings.catch_warnings(record=True) as caught:
+with warnings.catch_warnings(record=True) as caught, compilation("always"):
     warnings.simplefilter("always")
     found = [Observer.load_from_registry("memoryless_mse", base_name="weight", args=args)(w).max_vals for w in weights]
 torch.save(found, sys.argv[2])
@@ -291,6 +291,99 @@ def test_patience_counts_steps_over_all_groups():
     together = search(both, Format.of(args), Layout.of(args, "weight"), options)
     assert alone.max.item() == 1.0
     assert together.max[1].item() < 0.6
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3, 5])
+@pytest.mark.parametrize("args_name", ["int8_channel", "int4_g32", "fp8_block"])
+def test_candidates_that_are_not_evaluated_change_nothing(args_name, patience, monkeypatch):
+    args = WEIGHT_ARGS[args_name]
+    layout, format_ = Layout.of(args, "weight"), Format.of(args)
+    options = SearchOptions(maxshrink=0.5, patience=patience)
+    evaluated = []
+    sum_errors = search_module._sum_errors
+
+    def note(problem, values, factors, *tensors):
+        evaluated.append(len(factors))
+        return sum_errors(problem, values, factors, *tensors)
+
+    monkeypatch.setattr(search_module, "_sum_errors", note)
+    monkeypatch.setattr(search_module, "_MAX_TABLE", 400)  # 8 groups a tile
+    with compilation("never"):
+        for kind in DISTRIBUTIONS:
+            weight = make_weight(kind)
+            evaluated.clear()
+            found = search(weight, format_, layout, options)
+            num_evaluated = list(evaluated)
+            with monkeypatch.context() as patch:
+                patch.setattr(search_module, "_reads_flags", lambda tensor: False)
+                evaluated.clear()
+                expected = search(weight, format_, layout, options)
+            assert torch.equal(found.min, expected.min)
+            assert torch.equal(found.max, expected.max)
+            assert set(evaluated) == {50}
+            if args_name == "int8_channel" and patience == 1:
+                assert sum(num_evaluated) < sum(evaluated) / 2
+
+
+def test_an_improvement_in_a_later_tile_is_looked_for_in_earlier_ones(monkeypatch):
+    # The first row is best at step 10 and far from it at all steps before; the last one improves at every step.
+    args = make_args(4, strategy="channel")
+    weight = torch.full((64, 64), 0.7)
+    weight[0, 1:] = 0.9 * 6 / 7.5
+    weight[0, 0] = 1.0
+    weight[-1] = torch.linspace(-1, 1, 64).pow(9)
+    layout, format_, options = Layout.of(args, "weight"), Format.of(args), SearchOptions(patience=3)
+    alone = search(weight[:1], format_, layout, options)
+    whole = search(weight, format_, layout, options)
+    monkeypatch.setattr(search_module, "_MAX_TABLE", 160)  # 8 groups a tile
+    tiled = search(weight, format_, layout, options)
+    assert torch.equal(whole.max, tiled.max)
+    assert alone.max.item() == 1.0
+    assert whole.max[0].item() < 0.95
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "outliers", "few", "constant"])
+@pytest.mark.parametrize("patience", [1, 5])
+def test_global_range_of_the_largest_groups_is_that_of_all(kind, patience, monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(512, 256)
+    if kind == "uniform":
+        weight = torch.rand(512, 256) * 2 - 1
+    elif kind == "outliers":
+        weight[::7, 3] *= 40
+    elif kind == "few":
+        weight = torch.zeros(512, 256)
+        weight[100, 50:66] = torch.linspace(-3, 1, 16)
+    elif kind == "constant":
+        weight = torch.ones(512, 256)
+    layout, format_ = Layout.of(NVFP4, "weight"), Format.of(NVFP4)
+    options = SearchOptions(patience=patience)
+    found = search_global_range(weight, format_, layout, options)
+    monkeypatch.setattr(search_module, "_reads_flags", lambda tensor: False)
+    expected = search_global_range(weight, format_, layout, options)
+    assert torch.equal(calculate_global_scale(*found), calculate_global_scale(*expected))
+
+
+def test_a_scheme_is_compiled_once_its_searches_took_as_long_as_compiling(monkeypatch):
+    args = make_args(5, strategy="channel")
+    compiled = []
+    run = search_module._run
+    monkeypatch.setattr(search_module, "_run", lambda *args: compiled.append(args[0]) or run(False, *args[1:]))
+    monkeypatch.setattr(search_module, "_COMPILATION_WORK", 3 * 64 * 128 * 20)
+
+    def is_compiled(rows, columns=128):
+        compiled.clear()
+        search(torch.randn(rows, columns), Format.of(args), Layout.of(args, "weight"), SearchOptions(norm=2.1))
+        assert len(set(compiled)) == 1
+        return compiled[0]
+
+    with compilation("auto"):
+        assert [is_compiled(64) for _ in range(4)] == [False, False, True, True]
+        assert not is_compiled(1)
+    with compilation("never"):
+        assert not is_compiled(64)
+    with pytest.raises(ValueError, match=r"mode='sometimes': expected one of auto, always, never"):
+        compilation("sometimes").__enter__()
 
 
 def test_a_value_that_is_cut_into_tiles_gives_the_same_ranges(monkeypatch):
