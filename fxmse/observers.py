@@ -4,6 +4,8 @@ An observer is four steps: ``measure`` (a value's range, a pure function), ``upd
 range to the state after, pure), the state itself (buffers, float32 whatever the values' dtype), ``get_qparams``.
 """
 
+import functools
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -340,6 +342,9 @@ class MSEObserver(Observer):
     For tensor_group the global scale comes first, from the groups' best ranges with scales that are stored exactly;
     then each group's range with that global scale in every candidate, its scale rounded as it will be stored. The
     second step looks at all candidates, so that it is never worse than the first step's ranges stored so.
+
+    In a graph that torch.compile makes the search is one node, ``fxmse::measure``, and so compiled once for all sites
+    and not once for each.
     """
 
     options_class = MSEOptions
@@ -356,9 +361,27 @@ class MSEObserver(Observer):
         is_given = given is not None and not self.options.optimize_global_scale
         global_scale = torch.as_tensor(given, dtype=torch.float32).reshape(1) if is_given else None
         self.register_buffer("global_scale", global_scale, persistent=False)
+        self._spec = self._describe()
+
+    def _describe(self) -> str:
+        """JSON of all that a search depends on, for the op that a graph has in its place."""
+        options = {field.name: getattr(self.options, field.name) for field in fields(MSEOptions) if field.init}
+        options["global_scale"] = None if self.global_scale is None else self.global_scale.item()
+        args = self.args.model_copy(update={"observer_kwargs": {}}).model_dump(mode="json")
+        return json.dumps({"base_name": self.base_name, "args": args, "options": options})
+
+    @staticmethod
+    @functools.cache
+    def of_spec(spec: str) -> "MSEObserver":
+        """An observer that measures as the one described by ``spec``; it keeps nothing."""
+        described = json.loads(spec)
+        args = QuantizationArgs.model_validate(described["args"])
+        return MSEObserver(described["base_name"], args, **described["options"])
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The best range of each of the value's groups."""
+        if torch.compiler.is_compiling() and not self.needs_importance:
+            return Range(*torch.ops.fxmse.measure(value, global_scale, self._spec))
         options = self.options
         if self.global_scale is None and global_scale is not None and not options.optimize_global_scale:
             options = replace(options, patience=len(options.factors))
@@ -367,6 +390,8 @@ class MSEObserver(Observer):
 
     def measure_global(self, value: Tensor) -> Range:
         """The range that the value's global scale follows from."""
+        if torch.compiler.is_compiling() and not self.needs_importance:
+            return Range(*torch.ops.fxmse.measure_global(value, self._spec))
         if self.options.optimize_global_scale:
             layout = self.layout.as_one_group()
             return search(value, self.format, layout, self.options, optimize_global_scale=True)

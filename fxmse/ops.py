@@ -1,4 +1,4 @@
-"""Every torch.library registration: the fake-quantize ops with their fake, autograd and decomposed forms."""
+"""Every torch.library registration: fake-quantize with its fake, autograd and decomposed forms, and the search."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxmse.numerics import Format, Grid, calculate_scale_and_zero_point
+from fxmse.observers import MSEObserver
 
 __all__ = [
     "DYNAMIC_FAKE_QUANTIZE",
@@ -160,3 +161,26 @@ DYNAMIC_FAKE_QUANTIZE = torch.ops.fxmse.dynamic_fake_quantize.default
 def is_fake_quantize(node: Node) -> bool:
     """Whether ``node`` calls one of the ops."""
     return node.target in (FAKE_QUANTIZE, DYNAMIC_FAKE_QUANTIZE)
+
+
+@torch.library.custom_op("fxmse::measure", mutates_args=())
+def _measure(value: Tensor, global_scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+    """The range of each group, by the observer that ``spec`` describes (:meth:`MSEObserver.of_spec`)."""
+    return MSEObserver.of_spec(spec).measure(value, global_scale)
+
+
+@_measure.register_fake
+def _(value: Tensor, global_scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+    shape = MSEObserver.of_spec(spec).layout.qparam_shape(value.shape)
+    return value.new_empty(shape, dtype=torch.float32), value.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("fxmse::measure_global", mutates_args=())
+def _measure_global(value: Tensor, spec: str) -> tuple[Tensor, Tensor]:
+    """The range, shape (1,), that the global scale follows from, by the observer that ``spec`` describes."""
+    return MSEObserver.of_spec(spec).measure_global(value)
+
+
+@_measure_global.register_fake
+def _(value: Tensor, spec: str) -> tuple[Tensor, Tensor]:
+    return value.new_empty(1, dtype=torch.float32), value.new_empty(1, dtype=torch.float32)

@@ -53,13 +53,17 @@ def prepare(
 
 
 @torch.no_grad()
-def calibrate(observed: GraphModule, batches: Iterable[Any] = (), *, progress: bool = True) -> GraphModule:
+def calibrate(
+    observed: GraphModule, batches: Iterable[Any] = (), *, compile: bool = False, progress: bool = True
+) -> GraphModule:
     """Runs sample data through an observed graph; weights are observed first, once.
 
     Args:
         observed: a graph from :func:`prepare`; its observers are updated.
         batches: each a dict of keyword arguments, a tuple or list of positional ones, or a tensor. A scheme that
             quantizes weights only needs none.
+        compile: compile model and observers together, as one graph for batches of any size; the first batch is run as
+            it is. Pays where so many batches come that the model's own compilation does.
         progress: show a progress bar.
 
     Returns:
@@ -76,12 +80,16 @@ def calibrate(observed: GraphModule, batches: Iterable[Any] = (), *, progress: b
     activations = [probe for probe in probes if not probe.is_weight]
     watchers: dict[str, Probe | Importance] = {probe.name: probe for probe in activations}
     watchers |= {str(node.target): importance for node, importance in find_importances(observed)}
+    compiled = torch.compile(observed, fullgraph=True, dynamic=True) if compile else observed
     count = 0
     for count, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress), 1):
         args, kwargs = split_inputs(batch)
         if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves((args, kwargs))):
             raise ValueError(f"batch {count} is empty: expected tensors of at least one element")
-        _observe_or_roll_back(watchers, f"batch {count}", functools.partial(observed, *args, **kwargs))
+        # The first batch gives the observers their states, and what a graph is compiled for changes no more.
+        run = compiled if count > 1 else observed
+        uncompiled = functools.partial(observed, *args, **kwargs)
+        _observe_or_roll_back(watchers, f"batch {count}", functools.partial(run, *args, **kwargs), uncompiled)
     unseen = [probe.name for probe in activations if not probe.has_statistics]
     if unseen:
         raise ValueError(
@@ -115,6 +123,7 @@ def quantize(
     *,
     dynamic_shapes: Any = None,
     share_across: tuple[str, ...] = (),
+    compile: bool = False,
     progress: bool = True,
 ) -> GraphModule:
     """:func:`prepare`, :func:`calibrate` and :func:`convert` in a row; a module is exported with the first batch."""
@@ -124,7 +133,7 @@ def quantize(
     observed = prepare(model, config, example, dynamic_shapes=dynamic_shapes, share_across=share_across)
     total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(itertools.chain(first, remaining), desc="calibrate", unit="batch", total=total, disable=not progress)
-    return convert(calibrate(observed, bar, progress=False))
+    return convert(calibrate(observed, bar, compile=compile, progress=False))
 
 
 def _get_probes(observed: GraphModule) -> list[Probe]:
@@ -136,12 +145,17 @@ def _get_probes(observed: GraphModule) -> list[Probe]:
     raise ValueError("the graph has no observers: make it with fxmse.prepare")
 
 
-def _observe_or_roll_back(watchers: Mapping[str, Probe | Importance], what: str, run: Callable[[], object]) -> None:
+def _observe_or_roll_back(
+    watchers: Mapping[str, Probe | Importance],
+    what: str,
+    run: Callable[[], object],
+    uncompiled: Callable[[], object] | None = None,
+) -> None:
     """Calls ``run``; whatever goes wrong, the states of ``watchers`` are as they were before."""
     before = {name: watcher.state for name, watcher in watchers.items()}
     try:
         run()
-        _check_finite(watchers, before, what, run)
+        _check_finite(watchers, before, what, uncompiled or run)
     except BaseException:
         _restore(watchers, before)
         raise

@@ -145,6 +145,48 @@ def test_an_observed_graph_compiles_as_a_whole():
         torch.testing.assert_close(ours, eager, msg=name)
 
 
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"num_bits": 4, "symmetric": False},
+        {"num_bits": 8, "observer": "static_minmax"},
+        {**NVFP4.model_dump(exclude_unset=True), "dynamic": "local", "group_size": 8},
+    ],
+    ids=["mse", "minmax", "local"],
+)
+def test_a_compiled_calibration_sees_what_an_uncompiled_one_does(inputs):
+    batches = make_batches(5)
+    observed = fxmse.prepare(make_mlp(), make_config(inputs=inputs), batches[0])
+    expected = copy.deepcopy(observed)
+    fxmse.calibrate(expected, batches, progress=False)
+    fxmse.calibrate(observed, batches, compile=True, progress=False)
+    for (name, ours), (_, eager) in zip(get_states(observed), get_states(expected), strict=True):
+        torch.testing.assert_close(ours, eager, msg=name)
+
+
+def test_a_compiled_calibration_is_one_graph_and_survives_a_bad_batch():
+    observed = fxmse.prepare(make_mlp(), make_config(inputs={"num_bits": 6}), make_batches()[0])
+    torch._dynamo.reset()
+    batches = make_batches(6)
+    bad = batches[3].clone()
+    bad[1, 2] = float("nan")
+    states = []
+
+    def feed():
+        yield from batches[:3]
+        states.append(get_states(observed))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            yield batches[4]
+            states.append(get_states(observed))
+            yield bad
+
+    with pytest.raises(ValueError, match=r"NaN or Inf in batch 5: 0.input has 1 NaN and 0 Inf among 224 elements"):
+        fxmse.calibrate(observed, feed(), compile=True, progress=False)
+    assert_equal_states(states[1], get_states(observed))
+    assert not torch.equal(states[0][1][1][0], states[1][1][1][0])
+    fxmse.calibrate(observed, batches[:1], compile=True, progress=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_stay_in_their_dtype(dtype):
     batches = [batch.to(dtype) for batch in make_batches()]
