@@ -1,26 +1,46 @@
-"""The search of a weight against llm-compressor's, in one process on the same tensors, in turn.
+"""The search against llm-compressor's, in one process on the same tensors, in turn.
 
-    python benchmarks/search.py [--size 2048] [--runs 7] [--observer memoryless_mse] [--schemes nvfp4 ...]
+    python benchmarks/search.py [--size 2048 4096] [--runs 7] [--schemes nvfp4 ...] [--json results.json]
+    python benchmarks/search.py --compile-time [--schemes nvfp4 ...]
+    python benchmarks/search.py --device cuda --size 8192
 
-Prints the median ms of each, the ratio, the seconds the first search took (compilation), in how many groups both took
-the same range, and fxmse's summed error over llm-compressor's, with scales as they are stored. Needs the test extra.
+Prints medians of both in ms, their ratio, the floor, both's peak extra memory in parts of the value, in how many groups
+both took the same range, and fxmse's summed error over llm-compressor's, with scales as they are stored. On the CPU the
+floor is the time of the same arithmetic on data that stays in cache: the compiled kernel on a part of the value,
+scaled up to all candidates that the search evaluates. On a GPU it is the larger of the value's bytes over the measured
+bandwidth and of four operations a candidate and element over the measured rate; times are CUDA events, and the peer is
+llm-compressor's Triton kernel. A search that recompiles raises. With --compile-time, the seconds that the first search
+of a scheme takes in a new process, without and with Inductor's on-disk cache. Needs the test extra.
 """
 
 import argparse
+import functools
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle import fake_quantize
-from llmcompressor.observers import Observer as ReferenceObserver
 from tabulate import tabulate
+from torch import Tensor
+from torch._dynamo.utils import counters
 
+import fxmse.search as search_module
 from fxmse.observers import Observer
+from fxmse.search import compilation
 
 FP8 = torch.float8_e4m3fn
-SCHEMES = {
+WEIGHTS: dict[str, dict[str, Any]] = {
     "int8 tensor": {"num_bits": 8, "strategy": "tensor"},
     "int8 channel": {"num_bits": 8, "strategy": "channel"},
     "int4 g128": {"num_bits": 4, "strategy": "group", "group_size": 128},
@@ -44,73 +64,234 @@ SCHEMES = {
         "scale_dtype": FP8,
     },
 }
+INPUTS: dict[str, dict[str, Any]] = {
+    "input int8 tensor": {"num_bits": 8, "strategy": "tensor", "symmetric": False},
+    "input int8 g128": {"num_bits": 8, "strategy": "group", "group_size": 128},
+}
+INPUT_SHAPE = (8, 512, 1024)
+CACHED = 1 << 17  # elements: half a megabyte in float32
+COMPILE = """
+import sys, time, torch
+sys.path.insert(0, sys.argv[1])
+from search import WEIGHTS, observe
+from fxmse.observers import Observer
+weight = torch.randn(1024, 1024)
+torch.compile(lambda x: x + 1)(weight)  # torch's own start
+start = time.perf_counter()
+observe(Observer, weight, "weight", WEIGHTS[sys.argv[2]], "memoryless_mse", float(sys.argv[3]))
+print(time.perf_counter() - start)
+"""
 
 
-def measure_ms(run: Callable[[], object]) -> float:
-    """Wall-clock milliseconds of one call."""
-    start = time.perf_counter()
+def observe(
+    observer_class: type, value: Tensor, base_name: str, fields: dict[str, Any], observer: str, norm: float
+) -> torch.nn.Module:
+    """An observer that has seen ``value``."""
+    args = QuantizationArgs(**fields)
+    with compilation("always"):
+        return observer_class.load_from_registry(observer, base_name=base_name, args=args, norm=norm)(value)
+
+
+def measure_ms(run: Callable[[], object], device: str) -> float:
+    """Milliseconds of one call: on the wall, on a GPU between events."""
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
     run()
-    return (time.perf_counter() - start) * 1e3
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def measure_extra_bytes(run: Callable[[], object], device: str) -> int:
+    """Peak of the bytes allocated while ``run`` runs, above what was before."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    allocations = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for num_bytes in allocations:
+        held += num_bytes
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def record_stages() -> Iterator[list[tuple[Any, ...]]]:
+    """The arguments of the search's stages that run inside."""
+    stages: list[tuple[Any, ...]] = []
+    run = search_module._run
+
+    def record(*args: Any) -> Any:
+        stages.append(args)
+        return run(*args)
+
+    with mock.patch.object(search_module, "_run", record):
+        yield stages
+
+
+def measure_floor_ms(observe_value: Callable[[], object]) -> float:
+    """Time of the search's sums, each at the rate that its kernel has on data in cache."""
+    with record_stages() as stages:
+        observe_value()
+    total = 0.0
+    rates: dict[Any, float] = {}
+    for is_compiled, stage, problem, values, factors, *rest in (s for s in stages if len(s) > 4):
+        key = stage, problem
+        if key not in rates:
+            dim = 0 if problem.is_spread else 1
+            size = max(2, values.shape[dim] * CACHED // values.numel())
+            part = values.narrow(dim, 0, min(size, values.shape[dim]))
+            if dim:
+                part = part[0].unsqueeze(0) if len(part) == 1 else part  # as a tile of that size has its strides
+                num_groups = part.shape[1:-1].numel()
+                rest = [t[:num_groups] if t is not None and len(t) > 1 else t for t in rest]
+            run = functools.partial(search_module._run, is_compiled, stage, problem, part, factors, *rest)
+            with torch.no_grad():
+                run()
+                milliseconds = min(measure_ms(run, "cpu") for _ in range(15))
+            rates[key] = milliseconds / (part.numel() * len(factors))
+        total += values.numel() * len(factors) * rates[key]
+    return total
+
+
+def measure_gpu_floor_ms(value: Tensor, num_steps: int) -> float:
+    """The larger of reading the value once and of four operations a candidate and element."""
+    large = torch.empty(1 << 28, device=value.device)
+    copy_ms = min(measure_ms(lambda: large.copy_(large.flip(0)), "cuda") for _ in range(5))
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(256):
+            x = x * x + 0.5
+        return x
+
+    compiled = torch.compile(chain)
+    x = torch.rand(1 << 24, device=value.device)
+    compiled(x)
+    operation_ms = min(measure_ms(lambda: compiled(x), "cuda") for _ in range(5)) / (256 * x.numel())
+    bandwidth_ms = value.nbytes * copy_ms / (4 * (1 << 30))  # the copy reads and writes a GiB twice
+    return max(bandwidth_ms, 4 * num_steps * value.numel() * operation_ms)
 
 
 def compare(
-    weight: torch.Tensor, args: QuantizationArgs, observer: str, norm: float, runs: int
-) -> tuple[float, float, float, float, float]:
-    """Median ms of fxmse and of llm-compressor, s of the first search, the part of equal ranges, the errors' ratio."""
+    value: Tensor, base_name: str, fields: dict[str, Any], observer: str, norm: float, runs: int
+) -> dict[str, float]:
+    """One row of the table."""
+    from llmcompressor.observers import Observer as ReferenceObserver
 
-    def observe(observer_class: type) -> torch.nn.Module:
-        arguments = args.model_copy(deep=True)
-        return observer_class.load_from_registry(observer, base_name="weight", args=arguments, norm=norm)(weight)
+    device = value.device.type
+    classes: dict[str, type] = {"fxmse": Observer, "llm-compressor": ReferenceObserver}
 
-    def sum_errors(observed: torch.nn.Module) -> float:
-        qparams = observed.get_qparams()
-        stored = fake_quantize(
-            weight, qparams["scale"], qparams["zero_point"], args, global_scale=qparams["global_scale"]
-        )
-        return ((stored.double() - weight.double()).abs() ** norm).sum().item()
+    def run(name: str) -> torch.nn.Module:
+        return observe(classes[name], value, base_name, fields, observer, norm)
 
-    first = measure_ms(lambda: observe(Observer)) / 1e3
-    times: dict[type, list[float]] = {Observer: [], ReferenceObserver: []}
+    counters.clear()
+    seen = {name: run(name) for name in classes}
+    num_graphs = counters["stats"]["unique_graphs"]
+    times: dict[str, list[float]] = {name: [] for name in classes}
     for _ in range(runs):
-        for observer_class, measured in times.items():
-            measured.append(measure_ms(lambda observer_class=observer_class: observe(observer_class)))
-    ours, reference = observe(Observer), observe(ReferenceObserver)
-    same = (ours.max_vals == reference.max_vals).double().mean().item()
-    ratio = sum_errors(ours) / sum_errors(reference)
-    return statistics.median(times[Observer]), statistics.median(times[ReferenceObserver]), first, same, ratio
+        for name in classes:
+            times[name].append(measure_ms(lambda name=name: run(name), device))
+    memory = {name: measure_extra_bytes(lambda name=name: run(name), device) / value.nbytes for name in classes}
+    num_steps = len(seen["fxmse"].options.factors)
+    floor = measure_floor_ms(lambda: run("fxmse")) if device == "cpu" else measure_gpu_floor_ms(value, num_steps)
+    medians = {name: statistics.median(measured) for name, measured in times.items()}
+    row = {
+        "fxmse ms": medians["fxmse"],
+        "llm-compressor ms": medians["llm-compressor"],
+        "ratio": medians["llm-compressor"] / medians["fxmse"],
+        "floor ms": floor,
+        "x floor": medians["fxmse"] / floor,
+        "fxmse memory": memory["fxmse"],
+        "llm-compressor memory": memory["llm-compressor"],
+        "graphs": num_graphs,
+        "same range": (seen["fxmse"].max_vals == seen["llm-compressor"].max_vals).double().mean().item(),
+    }
+    if base_name == "weight":
+        row["error ratio"] = sum_errors(value, seen["fxmse"], fields, norm) / sum_errors(
+            value, seen["llm-compressor"], fields, norm
+        )
+    return row
+
+
+def sum_errors(weight: Tensor, observed: torch.nn.Module, fields: dict[str, Any], norm: float) -> float:
+    """The summed error with the qparams of ``observed`` as they are stored."""
+    qparams = observed.get_qparams()
+    stored = fake_quantize(
+        weight,
+        qparams["scale"],
+        qparams["zero_point"],
+        QuantizationArgs(**fields),
+        global_scale=qparams["global_scale"],
+    )
+    return ((stored.double() - weight.double()).abs() ** norm).sum().item()
+
+
+def compare_all(options: argparse.Namespace) -> None:
+    """The table of times."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        cases = [(f"{size}", "weight", (size, size), WEIGHTS) for size in options.size]
+        if options.device == "cpu":
+            cases.append(("x".join(map(str, INPUT_SHAPE)), "input", INPUT_SHAPE, INPUTS))
+        for shape_name, base_name, shape, schemes in cases:
+            value = torch.randn(shape, device=options.device).to(dtype)
+            for norm in (2.4, 2.0):
+                for name in (n for n in schemes if not options.schemes or n in options.schemes):
+                    with torch._dynamo.config.patch(error_on_recompile=True):
+                        row = compare(value, base_name, schemes[name], options.observer, norm, options.runs)
+                    rows.append({"dtype": str(dtype)[6:], "size": shape_name, "norm": norm, "scheme": name, **row})
+                    print(f"{rows[-1]['dtype']} {shape_name} {norm} {name}: {row['ratio']:.1f}", file=sys.stderr)
+    formats = ["", "", ".1f", "", ".1f", ".0f", ".1f", ".1f", ".1f", ".2f", ".1f", ".0f", ".5f", ".4f"]
+    print(f"{options.device}, {torch.get_num_threads()} threads, {options.runs} runs each, medians")
+    print(tabulate(rows, headers="keys", floatfmt=formats, tablefmt="github"))
+    for norm in (2.4, 2.0):
+        ratios = [row["ratio"] for row in rows if row["norm"] == norm]
+        print(f"norm {norm}: ratio at least {min(ratios):.1f}, geometric mean {statistics.geometric_mean(ratios):.1f}")
+    print(f"geometric mean over all {statistics.geometric_mean([row['ratio'] for row in rows]):.1f}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+def compare_compile_time(schemes: list[str]) -> None:
+    """The table of first searches."""
+    rows = []
+    for norm in (2.4, 2.0):
+        for name in schemes:
+            with tempfile.TemporaryDirectory() as cache:
+                command = [sys.executable, "-c", COMPILE, str(Path(__file__).parent), name, str(norm)]
+                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+                seconds = [
+                    float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+                    for _ in range(2)
+                ]
+            rows.append({"norm": norm, "scheme": name, "cold s": seconds[0], "warm s": seconds[1]})
+    print(tabulate(rows, headers="keys", floatfmt=".1f", tablefmt="github"))
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--size", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--observer", default="memoryless_mse")
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
+    parser.add_argument("--schemes", nargs="+", default=[], choices=[*WEIGHTS, *INPUTS])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compile-time", action="store_true")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.randn(options.size, options.size).to(dtype)
-        for norm in (2.4, 2.0):
-            for name in options.schemes:
-                args = QuantizationArgs(**SCHEMES[name])
-                ours, reference, *rest = compare(weight, args, options.observer, norm, options.runs)
-                rows.append((str(dtype)[6:], norm, name, ours, reference, reference / ours, *rest))
-    headers = (
-        "dtype",
-        "norm",
-        "scheme",
-        "fxmse ms",
-        "llm-compressor ms",
-        "ratio",
-        "first s",
-        "same range",
-        "error ratio",
-    )
-    formats = ("", ".1f", "", ".1f", ".0f", ".1f", ".1f", ".5f", ".4f")
-    print(f"{options.size} x {options.size}, {torch.get_num_threads()} threads, {options.runs} runs each, medians")
-    print(tabulate(rows, headers, floatfmt=formats, tablefmt="github"))
+    if options.compile_time:
+        compare_compile_time(options.schemes or list(WEIGHTS))
+    else:
+        compare_all(options)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,12 @@ the range (min, max) * expand * (1 - c / grid); what is summed up for it is
 that is sum(|fake_quantize(x) - x| ** norm) in units of the group's first scale, which keeps tiny and huge values
 from leaving float32's range and makes the result independent of any power of two in x.
 
-Shape suffixes as in :mod:`fxmse.numerics`: O observations, Q qparams, C candidates, G elements of a group.
+Three things save evaluations and change no result. Candidates whose scales are stored alike (e4m3 and powers of two
+have few values) have one error. Where reading a flag waits for no device, steps behind the end that patience sets are
+not taken. And of the groups that a global scale is searched for, the largest are enough where they decide it.
+
+Shape suffixes as in :mod:`fxmse.numerics`: O observations, Q qparams, C candidates, K different scales,
+G elements of a group, W words of a bit set.
 """
 
 import functools
@@ -50,8 +55,8 @@ __all__ = [
     "search_global_range",
 ]
 
-# Entries of a table [Q, C]: 4 MiB in float32, 8 MiB for the errors' float64, whatever the value's size.
-_MAX_TABLE = 1 << 20
+# Entries of a table [C, Q]: 2 MiB in float32, 4 MiB in float64, whatever the value's size.
+_MAX_TABLE = 1 << 19
 # Below this many elements the uncompiled search takes a few ms, whatever else is compiled.
 _MIN_COMPILED = 1 << 12
 # Errors (elements times candidates) that take about as long to evaluate uncompiled, at 6 ns each, as a scheme's graphs
@@ -65,6 +70,13 @@ _WORD = 24  # steps per word of a bit set: what float32 holds exactly
 _TIE = 2.0**-21
 # Of a tensor_group value: so many of the largest groups, and as many of all, are looked at first.
 _NUM_LARGEST = 1 << 10
+_INDUCTOR_OPTIONS: dict[str, Any] = {
+    # Contraction (x * y + z rounded once) makes the errors more exact, and the power a third faster.
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # Inductor writes what takes more than 30 operations to a buffer, if it is read twice: here one of the data's size
+    # times the candidates.
+    "realize_opcount_threshold": 1 << 10,
+}
 # Rows that are long and short to an innermost loop.
 _LONG_ROW, _SHORT_ROW = 4096, 128
 _HALF = (torch.bfloat16, torch.float16)
@@ -708,8 +720,7 @@ def _compile(stage: Callable[..., Any], problem: _Problem | None, signature: tup
 
     code = run.__code__.replace(co_name=f"{stage.__name__.strip('_')}_{next(_serial)}")
     run = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
-    # Contraction (x * y + z rounded once) makes the errors more exact, and the power a third faster.
-    return torch.compile(run, fullgraph=True, options={"cpp.enable_floating_point_contract_flag": "fast"})
+    return torch.compile(run, fullgraph=True, options=_INDUCTOR_OPTIONS)
 
 
 def _is_missing_compiler(error: BaseException | None) -> bool:
