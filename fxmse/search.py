@@ -677,12 +677,15 @@ def _run(is_compiled: bool, stage: Callable[..., Any], problem: _Problem | None,
     # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
     # would find it out. Those of size 1 are compiled for that; the number of candidates becomes part of the graph
     # where they are looked at one after the other.
-    signature = []
+    signature: list[tuple[object, ...] | None] = []
     for tensor in tensors:
-        sizes = () if tensor is None else tensor.shape
-        signature.append((None if tensor is None else tensor.dtype, *(size == 1 for size in sizes)))
-        for dim, size in enumerate(sizes):
-            if tensor is not None and size != 1:
+        if tensor is None:
+            signature.append(None)
+            continue
+        # Cut rows are the one case that is not contiguous.
+        signature.append((tensor.dtype, tensor.is_contiguous(), *(size == 1 for size in tensor.shape)))
+        for dim, size in enumerate(tensor.shape):
+            if size != 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
     try:
         return _compile(stage, problem, tuple(signature))(*tensors)
@@ -710,7 +713,7 @@ class _Compiler:
 
 @functools.cache
 def _compile(stage: Callable[..., Any], problem: _Problem | None, signature: tuple[Any, ...]) -> Callable[..., Any]:
-    """One graph per problem and signature (dtypes, and which dimensions are 1).
+    """One graph per problem and signature (dtypes, which dimensions are 1, and whether memory has gaps).
 
     A code object of its own keeps Dynamo's limit of recompilations away from it.
     """
