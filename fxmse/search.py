@@ -80,8 +80,6 @@ _INDUCTOR_OPTIONS: dict[str, Any] = {
 # Rows that are long and short to an innermost loop.
 _LONG_ROW, _SHORT_ROW = 4096, 128
 _HALF = (torch.bfloat16, torch.float16)
-
-
 _Mode = Literal["auto", "always", "never"]
 
 
@@ -290,7 +288,7 @@ def _search_largest_groups(value: Tensor, format: Format, layout: Layout, option
     problem = _Problem.of(format, value.dtype, options, layout)
     with torch.no_grad():
         tile = _Tile(some_QG[None], None)
-        is_compiled = _pays_to_compile(problem, value, len(options.factors))
+        is_compiled = _pays_to_compile(problem, some_QG, len(options.factors))
         best, num_steps = _search_tiles(problem, lambda: iter([tile]), _factors_on(options, value), None, is_compiled)
     others = largest.values[-1] * options.expand
     is_certain = num_steps == len(options.factors) and torch.maximum(-best.min, best.max).amax() >= others
@@ -301,7 +299,7 @@ def measure_range(value: Tensor, layout: Layout) -> Range:
     """The smallest and largest value of each group."""
     shape = layout.qparam_shape(value.shape)
     with torch.no_grad():
-        parts = [_measure(None, _as_float(tile)) for tile in layout.tiles(value.detach(), _MAX_TABLE)]
+        parts = [_measure(None, tile) for tile in layout.tiles(value.detach(), _MAX_TABLE)]
     return Range(torch.cat([p.min for p in parts]).reshape(shape), torch.cat([p.max for p in parts]).reshape(shape))
 
 
@@ -466,7 +464,7 @@ def _sum_errors(
     high_Q: Tensor,
     weights_OQG: Tensor | None = None,
 ) -> Tensor:
-    """error[c] of every group, shape [Q, C], float64; ``weights_OQG`` (Q may be 1) weighs the elements."""
+    """error[c] of every group, shape [C, Q], float64 where there are several observations, else float32."""
     base_Q, _ = _calculate_scale(problem, low_Q, high_Q, global_scale)
     min_CQ, max_CQ = factors_C[:, None] * low_Q, factors_C[:, None] * high_Q
     scale_CQ, zero_point_CQ = _calculate_scale(problem, min_CQ, max_CQ, global_scale)
