@@ -14,9 +14,11 @@ from torch import Tensor
 __all__ = [
     "Format",
     "Grid",
+    "calculate_exact_scale",
     "calculate_global_scale",
     "calculate_scale_and_zero_point",
     "count_stored_scales",
+    "keep",
     "list_stored_scales",
     "round_scale",
 ]
@@ -164,21 +166,31 @@ def calculate_scale_and_zero_point(
         never 0.
     """
     grid = format.grid
-    min, max = min.clamp(max=0), max.clamp(min=0)
     if format.symmetric:
-        absmax = torch.maximum(-min, max)
-        if format.is_mx:
-            return _calculate_mx_scale(absmax, grid.num_bits), torch.zeros_like(absmax)
-        scale = absmax / ((grid.qmax - grid.qmin) / 2)
-        zero_point = torch.zeros_like(scale)
-    else:
-        scale = (max - min) / (grid.qmax - grid.qmin)
-        # A dead group divides 0 by 0; compressed-tensors' integer cast turns that NaN into 0, too.
-        zero_point = torch.nan_to_num((grid.qmin - min / scale).clamp(grid.qmin, grid.qmax), nan=0.0)
-        zero_point = grid.round(zero_point)
+        exact = calculate_exact_scale(min, max, format, global_scale)
+        scale = (
+            _store_mx_scale(exact, grid.num_bits) if format.is_mx else round_scale(exact, format.scale_dtype or dtype)
+        )
+        return scale, torch.zeros_like(min)
+    min, max = min.clamp(max=0), max.clamp(min=0)
+    scale = (max - min) / (grid.qmax - grid.qmin)
+    # A dead group divides 0 by 0; compressed-tensors' integer cast turns that NaN into 0, too.
+    zero_point = torch.nan_to_num((grid.qmin - min / scale).clamp(grid.qmin, grid.qmax), nan=0.0)
     if global_scale is not None:
         scale = global_scale * scale
-    return round_scale(scale, format.scale_dtype or dtype), zero_point
+    return round_scale(scale, format.scale_dtype or dtype), grid.round(zero_point)
+
+
+def calculate_exact_scale(min: Tensor, max: Tensor, format: Format, global_scale: Tensor | None) -> Tensor:
+    """What the scale of a symmetric format is rounded from; of the MX formats the largest magnitude.
+
+    Arguments are those of :func:`calculate_scale_and_zero_point`.
+    """
+    absmax = torch.maximum(-min.clamp(max=0), max.clamp(min=0))
+    if format.is_mx:
+        return absmax
+    scale = absmax / ((format.grid.qmax - format.grid.qmin) / 2)
+    return scale if global_scale is None else global_scale * scale
 
 
 def count_stored_scales(format: Format, shrink: float) -> int | None:
@@ -199,30 +211,47 @@ def count_stored_scales(format: Format, shrink: float) -> int | None:
     return 1 + int((torch.arange(1, _E4M3_CODES) - _encode_e4m3(shrunk)).max())
 
 
-def list_stored_scales(largest: Tensor, scales: Tensor, format: Format, num_scales: int) -> tuple[Tensor, Tensor]:
-    """The stored scales that ``scales`` can be, and which of them each is.
+def list_stored_scales(exact: Tensor, format: Format, num_scales: int) -> tuple[Tensor, Tensor]:
+    """The scales that ranges from a group's own downwards can be stored as.
 
     Args:
-        largest: float32 [Q], the stored scale of each group's whole range.
-        scales: float32 [C, Q], those of its shrunk ranges, as ``calculate_scale_and_zero_point`` gives them.
+        exact: float32 [Q], the :func:`calculate_exact_scale` of each group's own range.
         format: one that :func:`count_stored_scales` counts, with ``num_scales``.
         num_scales: K.
 
     Returns:
-        indices [C, Q], int32, and the scales [K, Q]; ``scales`` is the second gathered with the first.
+        The scales [K, Q], from the stored scale of ``exact`` downwards, and bounds [K, Q]: whatever is above the k-th
+        bound is stored as one of the first k scales. Below the smallest scale that can be stored, bounds are -1.
     """
-    step_K1 = torch.arange(num_scales, device=scales.device, dtype=torch.int32)[:, None]
+    step_K1 = torch.arange(num_scales, device=exact.device, dtype=torch.int32)[:, None]
     if format.is_mx:
-        exponents = largest.view(torch.int32) >> 23
-        index_CQ = exponents - (scales.view(torch.int32) >> 23)
-        scale_KQ = (largest * torch.exp2(-step_K1.float())).clamp(min=2.0**-127)
-        return index_CQ, scale_KQ
-    # The stand-in of a zero is larger than what it stands for: it takes the zero's place.
-    code_Q = _encode_e4m3(largest)
-    code_CQ = torch.where(scales > largest, 0, _encode_e4m3(scales))
-    code_KQ = (code_Q - step_K1).clamp(min=0)
-    scale_KQ = torch.where(code_KQ == 0, _E4M3_STAND_IN, _decode_e4m3(code_KQ))
-    return code_Q - code_CQ, scale_KQ
+        carry = _get_mx_carry(format.grid.num_bits)
+        exponent_KQ = _keep_integers(((exact.view(torch.int32) + carry) >> 23) - step_K1)
+        scale_KQ = _store_mx_scale((exponent_KQ.clamp(min=0) << 23).view(torch.float32), format.grid.num_bits)
+        bound_KQ = (((exponent_KQ.clamp(min=0) + 1) << 23) - (carry + 1)).view(torch.float32)
+        return scale_KQ, torch.where(exponent_KQ < 0, -1.0, bound_KQ)
+    grid = Grid(8, "float")
+    code_KQ = _keep_integers(_encode_e4m3(keep(grid.round(exact.clamp(max=grid.qmax)))) - step_K1)
+    value_KQ = _decode_e4m3(code_KQ.clamp(min=0))
+    # A value half-way to the next larger one is rounded to the even one of both.
+    middle_KQ = (value_KQ + _decode_e4m3(code_KQ.clamp(min=0) + 1)) / 2
+    bound_KQ = (middle_KQ.view(torch.int32) - (code_KQ & 1)).view(torch.float32)
+    scale_KQ = torch.where(code_KQ <= 0, _E4M3_STAND_IN, value_KQ)
+    return scale_KQ, torch.where(code_KQ < 0, -1.0, bound_KQ)
+
+
+def keep(table: Tensor) -> Tensor:
+    """``table`` itself, and in a compiled graph a buffer.
+
+    Inductor would otherwise compute each entry anew for every vector of the innermost loop, and when it makes the
+    graph, for every use: long chains take minutes. It writes whatever as_strided looks at.
+    """
+    return table.as_strided(table.shape, table.stride())
+
+
+def _keep_integers(table: Tensor) -> Tensor:
+    # Vectors of floats are loaded faster than those of integers.
+    return keep(table.float()).to(torch.int32)
 
 
 def _encode_e4m3(value: Tensor) -> Tensor:
@@ -248,13 +277,17 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(rounded == 0, stand_in, rounded)
 
 
-def _calculate_mx_scale(absmax: Tensor, num_bits: int) -> Tensor:
-    """The power of two that an E8M0 scale stores, less the element's exponent; in ``absmax``'s dtype.
+def _get_mx_carry(num_bits: int) -> int:
+    """What carries a magnitude's bits into the next exponent, where they round past the largest element's mantissa.
 
-    Mantissas round up where they would round past the largest element's: from 1.75, for fp6 from 1.9375.
+    That is from a mantissa of 1.75, for fp6 of 1.9375.
     """
-    element_exponent, mantissa = {4: (2, 1), 6: (2, 3), 8: (8, 1)}[num_bits]  # floor(log2(largest)); as ct has it
-    # The bit that carries all ones behind the element's mantissa into the exponent.
-    power = ((absmax.float().view(torch.int32) + (1 << (22 - mantissa))) & 0x7F80_0000).view(torch.float32)
+    return 1 << (19 if num_bits == 6 else 21)  # as compressed-tensors has it
+
+
+def _store_mx_scale(absmax: Tensor, num_bits: int) -> Tensor:
+    """The power of two that an E8M0 scale stores, less the element's exponent; in ``absmax``'s dtype."""
+    element_exponent = {4: 2, 6: 2, 8: 8}[num_bits]  # floor(log2(largest))
+    power = ((absmax.float().view(torch.int32) + _get_mx_carry(num_bits)) & 0x7F80_0000).view(torch.float32)
     scale = (power * 2.0**-element_exponent).clamp(min=2.0**-127, max=2.0**127).to(absmax.dtype)
     return torch.where(scale == 0, 1.0, scale)  # float16 cannot hold the smallest

@@ -169,4 +169,6 @@ def _evaluate(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 def _fit(x: Tensor, y: Tensor, degree: int) -> tuple[float, ...]:
     """Coefficients of y(x), highest first, least in relative error."""
     rows = torch.linalg.vander(x, N=degree + 1).flip(1) / y[:, None]
-    return tuple(torch.linalg.lstsq(rows, torch.ones_like(y)[:, None]).solution[:, 0].tolist())
+    solution = torch.linalg.lstsq(rows, torch.ones_like(y)[:, None]).solution[:, 0]
+    # Its last bits vary from process to process: a graph with other constants would be another graph to on-disk caches.
+    return tuple(solution.float().tolist())

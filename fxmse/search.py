@@ -13,7 +13,7 @@ have few values) have one error. Where reading a flag waits for no device, steps
 not taken. And of the groups that a global scale is searched for, the largest are enough where they decide it.
 
 Shape suffixes as in :mod:`fxmse.numerics`: O observations, Q qparams, C candidates, K different scales,
-G elements of a group, W words of a bit set.
+P parts of a group, G elements of a group or of such a part, W words of a bit set.
 """
 
 import functools
@@ -23,7 +23,7 @@ import struct
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -38,9 +38,11 @@ from fxmse.layout import MAX_ELEMENTS, Layout
 from fxmse.numerics import (
     Format,
     Grid,
+    calculate_exact_scale,
     calculate_global_scale,
     calculate_scale_and_zero_point,
     count_stored_scales,
+    keep,
     list_stored_scales,
 )
 from fxmse.power import AbsolutePower
@@ -55,8 +57,8 @@ __all__ = [
     "search_global_range",
 ]
 
-# Entries of a table [C, Q]: 2 MiB in float32, 4 MiB in float64, whatever the value's size.
-_MAX_TABLE = 1 << 19
+# Entries of a table [C, Q]: 1 MiB in float32, 2 MiB in float64, whatever the value's size.
+_MAX_TABLE = 1 << 18
 # Below this many elements the uncompiled search takes a few ms, whatever else is compiled.
 _MIN_COMPILED = 1 << 12
 # Errors (elements times candidates) that take about as long to evaluate uncompiled, at 6 ns each, as a scheme's graphs
@@ -76,9 +78,15 @@ _INDUCTOR_OPTIONS: dict[str, Any] = {
     # Inductor writes what takes more than 30 operations to a buffer, if it is read twice: here one of the data's size
     # times the candidates.
     "realize_opcount_threshold": 1 << 10,
+    # Looking at all of them takes longer than the search of a small value.
+    "guard_filter_fn": lambda guards: _keep_guards(guards),
 }
-# Rows that are long and short to an innermost loop.
-_LONG_ROW, _SHORT_ROW = 4096, 128
+# Groups are cut into parts of one of these lengths. It is a constant of the graph: the innermost loop needs no check
+# for its end then and is two to three times as fast, and float32 sums of so few errors are exact enough.
+_PARTS = (128, 64, 32, 16)
+_STATIC = {*_PARTS, *(part // 2 for part in _PARTS)}  # the latter in pairs
+# Elements of half precision that are copied to float32 at a time, where they cannot be read as pairs.
+_MAX_COPIED = 1 << 18
 _HALF = (torch.bfloat16, torch.float16)
 _Mode = Literal["auto", "always", "never"]
 
@@ -157,6 +165,8 @@ class _Problem:
     is_spread: bool  # whether each group is spread over all of the value, which is then one tile
     optimize_global_scale: bool
     num_scales: int | None  # that a group's candidates can be stored as, where that is fewer than candidates
+    grid: float  # the factor of step c is 1 - c / grid; 0 where nobody asks
+    reads_pairs: bool = False  # whether two bfloat16 are read as one float32
 
     @classmethod
     def of(
@@ -169,6 +179,7 @@ class _Problem:
     ) -> "_Problem":
         num_steps = len(options.factors)
         num_scales = None if optimize_global_scale else count_stored_scales(format, options.factors[-1])
+        has_few_scales = num_scales is not None and num_scales < num_steps
         return cls(
             format,
             dtype,
@@ -177,7 +188,8 @@ class _Problem:
             float(options.expand),
             layout.strategy == "tensor" or layout.base_name != "weight",
             optimize_global_scale,
-            num_scales if num_scales is not None and num_scales < num_steps else None,
+            num_scales if has_few_scales else None,
+            options.grid if has_few_scales else 0.0,
         )
 
 
@@ -191,8 +203,8 @@ class _Scores(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    values_OQG: Tensor
-    weights_OQG: Tensor | None  # of the elements' errors; O and Q may be 1
+    values_OQPG: Tensor
+    weights_OQPG: Tensor | None  # of the elements' errors; O and Q may be 1
 
 
 def search(
@@ -233,16 +245,20 @@ def search(
     if optimize_global_scale:
         global_scale = None
     problem = _Problem.of(format, value.dtype, options, layout, optimize_global_scale)
+    num_steps = len(options.factors)
+    is_compiled = _pays_to_compile(problem, value, num_steps)
+    reads_pairs = is_compiled and importance is None and _holds_pairs(value, layout)
+    problem = replace(problem, reads_pairs=reads_pairs)
+    max_elements = _MAX_COPIED if value.dtype in _HALF and not reads_pairs else MAX_ELEMENTS
+    max_groups = min(_MAX_TABLE // (problem.num_scales or num_steps), max_elements * math.prod(shape) // value.numel())
 
     def cut() -> Iterator[_Tile]:
-        max_groups = _MAX_TABLE // len(options.factors)
         weights: Iterable[Tensor | None] = itertools.repeat(None)
         if importance is not None:
             weights = layout.channel_tiles(importance, value.shape, max_groups)
-        return map(_cut_rows, layout.tiles(value.detach(), max_groups), weights)
+        return map(_cut_groups, layout.tiles(value.detach(), max_groups), weights)
 
     with torch.no_grad():
-        is_compiled = _pays_to_compile(problem, value, len(options.factors))
         best, _ = _search_tiles(problem, cut, _factors_on(options, value), global_scale, is_compiled)
     return Range(best.min.reshape(shape), best.max.reshape(shape))
 
@@ -262,13 +278,17 @@ def search_global_range(
     exact = replace(format, scale_dtype=None)
     best = None
     if importance is None and layout.base_name == "weight" and _reads_flags(value):
-        best = _search_largest_groups(value, exact, layout, options)
+        # All groups are measured for it, which is compiled where the search that follows is.
+        is_compiled = _pays_to_compile(_Problem.of(format, value.dtype, options, layout), value, 0)
+        best = _search_largest_groups(value, exact, layout, options, is_compiled)
     if best is None:
         best = search(value, exact, layout, options, importance=importance)
     return Range(best.min.amin().reshape(1), best.max.amax().reshape(1))
 
 
-def _search_largest_groups(value: Tensor, format: Format, layout: Layout, options: SearchOptions) -> Range | None:
+def _search_largest_groups(
+    value: Tensor, format: Format, layout: Layout, options: SearchOptions, is_compiled: bool
+) -> Range | None:
     """The best ranges of groups that include the largest of all; None where they cannot be told from a few groups.
 
     No group's best range is larger than ``expand`` times its own. So the groups with the largest values are searched,
@@ -280,14 +300,14 @@ def _search_largest_groups(value: Tensor, format: Format, layout: Layout, option
     groups_QG = value.detach().reshape(-1, layout.group_size)
     if len(groups_QG) <= 4 * _NUM_LARGEST:
         return None
-    own = measure_range(groups_QG, Layout("weight", "channel"))
-    absmax_Q = torch.maximum(-own.min, own.max).flatten()
+    own = _measure_tiles(groups_QG, Layout("weight", "channel"), is_compiled)
+    absmax_Q = torch.maximum(-own.min, own.max)
     largest = absmax_Q.topk(_NUM_LARGEST + 1)
     spread = torch.arange(0, len(groups_QG), len(groups_QG) // _NUM_LARGEST, device=value.device)
     some_QG = groups_QG[torch.cat([largest.indices[:-1], spread])]
     problem = _Problem.of(format, value.dtype, options, layout)
     with torch.no_grad():
-        tile = _Tile(some_QG[None], None)
+        tile = _cut_groups(some_QG[None], None)
         is_compiled = _pays_to_compile(problem, some_QG, len(options.factors))
         best, num_steps = _search_tiles(problem, lambda: iter([tile]), _factors_on(options, value), None, is_compiled)
     others = largest.values[-1] * options.expand
@@ -298,9 +318,16 @@ def _search_largest_groups(value: Tensor, format: Format, layout: Layout, option
 def measure_range(value: Tensor, layout: Layout) -> Range:
     """The smallest and largest value of each group."""
     shape = layout.qparam_shape(value.shape)
-    with torch.no_grad():
-        parts = [_measure(None, tile) for tile in layout.tiles(value.detach(), _MAX_TABLE)]
-    return Range(torch.cat([p.min for p in parts]).reshape(shape), torch.cat([p.max for p in parts]).reshape(shape))
+    own = _measure_tiles(value, layout, is_compiled=False)
+    return Range(own.min.reshape(shape), own.max.reshape(shape))
+
+
+@torch.no_grad()
+def _measure_tiles(value: Tensor, layout: Layout, is_compiled: bool) -> Range:
+    """The smallest and largest value of each group, [Q]."""
+    tiles = (_cut_groups(tile, None).values_OQPG for tile in layout.tiles(value.detach(), _MAX_TABLE))
+    parts = [_run(is_compiled, _measure, None, tile) for tile in tiles]
+    return Range(torch.cat([part.min for part in parts]), torch.cat([part.max for part in parts]))
 
 
 def _search_tiles(
@@ -348,16 +375,26 @@ def _score(
     is_compiled: bool,
 ) -> _Scores:
     """Evaluates the candidates of every group of a tile, as far as ``any_improved_C`` and its own errors say."""
-    values_OQG = _as_float(tile.values_OQG)
+    values_OQPG, weights_OQPG = tile
     total = len(factors_C)
-    if problem.is_spread and _count_parts(values_OQG, total) == 1:
-        own, improved_QW, found_C = _run(is_compiled, _score_at_once, problem, values_OQG, factors_C, global_scale)
+    num_parts = _count_parts(problem, values_OQPG, total) if problem.is_spread else 1
+    if num_parts == 1 and (problem.is_spread or problem.num_scales):
+        values_OQPG = _as_readable(problem, values_OQPG)
+        own, improved_QW, found_C = _run(
+            is_compiled, _score_at_once, problem, values_OQPG, factors_C, global_scale, weights_OQPG
+        )
         return _Scores(own, improved_QW, found_C, total)
-    own = _run(is_compiled, _measure, None, values_OQG)
+    own = _run(is_compiled, _measure, None, values_OQPG)
     own = Range(own.min * problem.expand, own.max * problem.expand)
-    if problem.num_scales or not _reads_flags(factors_C):
-        errors_CQ = _sum_in_parts(is_compiled, problem, values_OQG, tile.weights_OQG, factors_C, global_scale, own)
-        improved_QW, found_C = _run(is_compiled, _find_improvements, None, errors_CQ)
+    sum_errors = functools.partial(_sum_in_parts, is_compiled, problem, values_OQPG, weights_OQPG, num_parts)
+    if problem.num_scales:
+        errors_KQ = sum_errors(factors_C, global_scale, own)
+        improved_QW, found_C = _run(
+            is_compiled, _find_improvements_of_stored, problem, errors_KQ, *own, factors_C, global_scale
+        )
+        return _Scores(own, improved_QW, found_C, total)
+    if not _reads_flags(factors_C):
+        improved_QW, found_C = _run(is_compiled, _find_improvements, None, sum_errors(factors_C, global_scale, own))
         return _Scores(own, improved_QW, found_C, total)
     errors_CQ = torch.full((total, len(own.min)), math.inf, device=factors_C.device)
     num_steps, improved = 0, any_improved_C.tolist()
@@ -366,9 +403,7 @@ def _score(
         # At least two steps at a time: torch.compile makes a graph of its own for one.
         end = total if num_steps and improved[num_steps - 1] else min(max(end, num_steps + 2), total)
         start = max(0, min(num_steps, end - 2))
-        errors_CQ[start:end] = _sum_in_parts(
-            is_compiled, problem, values_OQG, tile.weights_OQG, factors_C[start:end], global_scale, own
-        )
+        errors_CQ[start:end] = sum_errors(factors_C[start:end], global_scale, own)
         num_steps = end
         improved_QW, found_C = _run(is_compiled, _find_improvements, None, errors_CQ)
         improved = (any_improved_C | found_C).tolist()
@@ -388,156 +423,211 @@ def _find_end(any_improved: list[bool], patience: int) -> int:
     return len(any_improved)
 
 
-def _cut_rows(values_OQG: Tensor, weights_QG: Tensor | None) -> _Tile:
-    """A weight's tile with long rows cut into several observations, as far as a divisor allows.
+def _cut_groups(values_OQG: Tensor, weights_QG: Tensor | None) -> _Tile:
+    """A tile with its groups cut into parts of one of the lengths that graphs are made for, if one divides them."""
+    part = _choose_part(values_OQG.shape[-1])
 
-    In a sum of more than 4096 elements Inductor uses an algorithm that rounds less and takes twice as long.
+    def cut(groups: Tensor) -> Tensor:
+        return groups.unflatten(-1, (-1, part))
+
+    if weights_QG is not None:
+        return _Tile(cut(values_OQG), cut(weights_QG[None]))
+    values_OQPG = cut(values_OQG)
+    if values_OQG.shape[1:-1].numel() == 1 and values_OQPG.is_contiguous():
+        # One group's parts are observations as well.
+        values_OQPG = values_OQPG.reshape(-1, 1, 1, part)
+    return _Tile(values_OQPG, None)
+
+
+def _choose_part(length: int) -> int:
+    return next((part for part in _PARTS if length % part == 0), length)
+
+
+def _holds_pairs(value: Tensor, layout: Layout) -> bool:
+    """Whether the search can read two bfloat16 of a part as one float32.
+
+    It spares a copy: Inductor does not vectorise bit casts next to half precision. A GPU's kernels need no such thing.
     """
-    weights_OQG = None if weights_QG is None else weights_QG[None]
-    length = values_OQG.shape[-1]
-    # Two parts at least, so that shorter rows need no graph of their own.
-    least = max(2, -(-length // _LONG_ROW))
-    num_parts = next((n for n in range(least, length // _SHORT_ROW + 1) if length % n == 0), 1)
-    if len(values_OQG) > 1 or num_parts == 1:
-        return _Tile(values_OQG, weights_OQG)
-
-    def cut(rows_OQG: Tensor) -> Tensor:
-        return rows_OQG[0].unflatten(-1, (num_parts, -1)).movedim(-2, 0)
-
-    return _Tile(cut(values_OQG), None if weights_OQG is None else cut(weights_OQG))
+    if value.dtype != torch.bfloat16 or value.device.type != "cpu":
+        return False
+    length = layout.block_structure[1] if layout.block_structure else layout.group_size or value.shape[-1]
+    num_lanes = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    return (
+        value.is_contiguous()
+        and value.storage_offset() % 2 == 0
+        and _choose_part(length) in _PARTS
+        and _choose_part(length) >= 2 * num_lanes
+    )
 
 
-def _measure(_: None, values_OQG: Tensor) -> Range:
+def _measure(_: None, values_OQPG: Tensor) -> Range:
     """The range [Q] of each group of a tile."""
-    return Range(values_OQG.amin((0, -1)).flatten().float(), values_OQG.amax((0, -1)).flatten().float())
+    dims = (0, -2, -1)
+    return Range(values_OQPG.amin(dims).flatten().float(), values_OQPG.amax(dims).flatten().float())
 
 
 def _sum_in_parts(
     is_compiled: bool,
     problem: _Problem,
-    values_OQG: Tensor,
-    weights_OQG: Tensor | None,
+    values_OQPG: Tensor,
+    weights_OQPG: Tensor | None,
+    num_parts: int,
     factors_C: Tensor,
     global_scale: Tensor | None,
     own: Range,
 ) -> Tensor:
     """``_sum_errors``, for groups that are spread over many observations some of these at a time."""
-    errors = [
-        _run(is_compiled, _sum_errors, problem, _as_float(part_OQG), factors_C, global_scale, *own, weights_OQG)
-        for part_OQG in values_OQG.tensor_split(_count_parts(values_OQG, len(factors_C)) if problem.is_spread else 1)
-    ]
-    return errors[0] if len(errors) == 1 else torch.stack(errors).sum(0)
+    errors = []
+    for part_OQPG in values_OQPG.tensor_split(num_parts):
+        values = _as_readable(problem, part_OQPG)
+        errors.append(_run(is_compiled, _sum_errors, problem, values, factors_C, global_scale, *own, weights_OQPG))
+    return errors[0] if num_parts == 1 else torch.stack(errors).sum(0)
 
 
-def _count_parts(values_OQG: Tensor, num_steps: int) -> int:
+def _count_parts(problem: _Problem, values_OQPG: Tensor, num_steps: int) -> int:
     """Into how many parts the observations are cut, so that copies and tables stay small."""
-    if _is_traced(values_OQG):
+    if _is_traced(values_OQPG):
         return 1
-    num_parts = -(-values_OQG.shape[0] * values_OQG.shape[1] * num_steps // _MAX_TABLE)
-    if values_OQG.dtype in _HALF:
-        num_parts = max(num_parts, -(-values_OQG.numel() // MAX_ELEMENTS))
+    num_parts = -(-values_OQPG.shape[:-1].numel() * num_steps // _MAX_TABLE)
+    if values_OQPG.dtype in _HALF and not problem.reads_pairs:
+        num_parts = max(num_parts, -(-values_OQPG.numel() // _MAX_COPIED))
     return num_parts
 
 
-def _as_float(values_OQG: Tensor) -> Tensor:
-    # Inductor does not vectorise bit casts next to half precision; a small copy pays five times over.
-    if values_OQG.numel() > MAX_ELEMENTS or _is_traced(values_OQG):
-        return values_OQG
-    return values_OQG.float()
+def _as_readable(problem: _Problem, values_OQPG: Tensor) -> Tensor:
+    """What ``_sum_errors`` reads: a view of pairs, or float32."""
+    if problem.reads_pairs:
+        return values_OQPG.view(torch.float32)
+    return values_OQPG if _is_traced(values_OQPG) else values_OQPG.float()
 
 
 def _score_at_once(
-    problem: _Problem, values_OQG: Tensor, factors_C: Tensor, global_scale: Tensor | None
+    problem: _Problem,
+    values_OQPG: Tensor,
+    factors_C: Tensor,
+    global_scale: Tensor | None,
+    weights_OQPG: Tensor | None,
 ) -> tuple[Range, Tensor, Tensor]:
-    """All of ``_score`` in one graph, for activations and other values of few groups: each call would cost."""
-    own = Range(*(end * problem.expand for end in _measure(None, values_OQG)))
-    errors_CQ = _sum_errors(problem, values_OQG, factors_C, global_scale, *own)
+    """All of ``_score`` in one graph, where no candidate is left out: each call costs."""
+    ranges = [_measure(None, part) for part in _split_pairs(problem, values_OQPG)]
+    low_Q = functools.reduce(torch.minimum, (part.min for part in ranges))
+    high_Q = functools.reduce(torch.maximum, (part.max for part in ranges))
+    own = Range(low_Q * problem.expand, high_Q * problem.expand)
+    errors_CQ = _sum_errors(problem, values_OQPG, factors_C, global_scale, *own, weights_OQPG)
+    if problem.num_scales:
+        return own, *_find_improvements_of_stored(problem, errors_CQ, *own, factors_C, global_scale)
     return own, *_find_improvements(None, errors_CQ)
 
 
 def _sum_errors(
     problem: _Problem,
-    values_OQG: Tensor,
+    values_OQPG: Tensor,
     factors_C: Tensor,
     global_scale: Tensor | None,
     low_Q: Tensor,
     high_Q: Tensor,
-    weights_OQG: Tensor | None = None,
+    weights_OQPG: Tensor | None = None,
 ) -> Tensor:
-    """error[c] of every group, shape [C, Q], float64 where there are several observations, else float32."""
-    base_Q, _ = _calculate_scale(problem, low_Q, high_Q, global_scale)
-    min_CQ, max_CQ = factors_C[:, None] * low_Q, factors_C[:, None] * high_Q
-    scale_CQ, zero_point_CQ = _calculate_scale(problem, min_CQ, max_CQ, global_scale)
-    if problem.num_scales is None:
-        sums_CQ = _sum_powers_in_parts(problem, values_OQG, scale_CQ, zero_point_CQ, weights_OQG)
-        return sums_CQ * torch.pow(scale_CQ / base_Q, problem.power.exponent)
-    # Few different scales: each is evaluated once, and every candidate takes the error of its own. Selecting is
-    # vectorised where indexing is not.
-    index_CQ, scale_KQ = list_stored_scales(base_Q, scale_CQ, problem.format, problem.num_scales)
-    if global_scale is not None:
-        base_Q, scale_KQ = base_Q / global_scale, scale_KQ / global_scale
-    sums_KQ = _sum_powers_in_parts(problem, values_OQG, scale_KQ, torch.zeros_like(scale_KQ), weights_OQG)
-    errors_KQ = sums_KQ * torch.pow(scale_KQ / base_Q, problem.power.exponent)
-    errors_CQ = errors_KQ[0].expand_as(index_CQ)
-    for index in range(1, problem.num_scales):
-        errors_CQ = torch.where(index_CQ == index, _keep(errors_KQ)[index], errors_CQ)
-    return errors_CQ
+    """error[c] of every group, shape [C, Q], float64 where there are several observations or parts, else float32.
+
+    Where groups have few different scales it is the error of each of these, shape [K, Q].
+    """
+    if problem.num_scales:
+        scale_CQ, _ = _list_scales(problem, low_Q, high_Q, global_scale)
+        if global_scale is not None:
+            scale_CQ = scale_CQ / global_scale
+        base_Q, zero_point_CQ = scale_CQ[0], None
+    else:
+        base_Q, _ = _calculate_scale(problem, low_Q, high_Q, global_scale)
+        min_CQ, max_CQ = factors_C[:, None] * low_Q, factors_C[:, None] * high_Q
+        scale_CQ, zero_point_CQ = _calculate_scale(problem, min_CQ, max_CQ, global_scale)
+    sums_CQ = _sum_powers_in_parts(problem, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG)
+    return sums_CQ * torch.pow(scale_CQ / base_Q, problem.power.exponent)
 
 
-def _calculate_scale(problem: _Problem, min: Tensor, max: Tensor, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale, in units of x, and zero point of ranges; with few stored scales the scale as it is stored."""
+def _list_scales(
+    problem: _Problem, low_Q: Tensor, high_Q: Tensor, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``list_stored_scales`` of ranges."""
+    assert problem.num_scales
+    exact_Q = calculate_exact_scale(low_Q, high_Q, problem.format, global_scale)
+    return list_stored_scales(exact_Q, problem.format, problem.num_scales)
+
+
+def _calculate_scale(
+    problem: _Problem, min: Tensor, max: Tensor, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scale, in units of x, and zero point of ranges; None where it is 0."""
     if problem.optimize_global_scale:
         global_scale = calculate_global_scale(min, max)
     scale, zero_point = calculate_scale_and_zero_point(
         min, max, problem.format, dtype=problem.dtype, global_scale=global_scale
     )
-    if global_scale is not None and problem.num_scales is None:
+    if global_scale is not None:
         scale = scale / global_scale
-    return scale, zero_point
+    return scale, None if problem.format.symmetric else zero_point
 
 
 def _sum_powers_in_parts(
-    problem: _Problem, values_OQG: Tensor, scale_CQ: Tensor, zero_point_CQ: Tensor, weights_OQG: Tensor | None
+    problem: _Problem, values_OQPG: Tensor, scale_CQ: Tensor, zero_point_CQ: Tensor | None, weights_OQPG: Tensor | None
 ) -> Tensor:
     """``_sum_powers``, uncompiled so many candidates at a time as may be copies of the data."""
-    # Compiled, the candidates are a loop around a row that stays in cache.
-    at_a_time = len(scale_CQ)
-    if not torch.compiler.is_compiling():
-        at_a_time = max(1, min(at_a_time, _MAX_EAGER // values_OQG.numel()))
-    parts = [
-        _sum_powers(problem, values_OQG, scale, zero_point, weights_OQG)
-        for scale, zero_point in zip(scale_CQ.split(at_a_time), zero_point_CQ.split(at_a_time), strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if torch.compiler.is_compiling():
+        # There the candidates are a loop around a row that stays in cache.
+        return _sum_powers(problem, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG)
+    at_a_time = max(1, min(len(scale_CQ), _MAX_EAGER // values_OQPG.numel()))
+    parts = []
+    for start in range(0, len(scale_CQ), at_a_time):
+        some = slice(start, start + at_a_time)
+        zero_point = None if zero_point_CQ is None else zero_point_CQ[some]
+        parts.append(_sum_powers(problem, values_OQPG, scale_CQ[some], zero_point, weights_OQPG))
+    return torch.cat(parts)
 
 
 def _sum_powers(
-    problem: _Problem, values_OQG: Tensor, scale_CQ: Tensor, zero_point_CQ: Tensor, weights_OQG: Tensor | None
+    problem: _Problem, values_OQPG: Tensor, scale_CQ: Tensor, zero_point_CQ: Tensor | None, weights_OQPG: Tensor | None
 ) -> Tensor:
     """sum(weight * |round_to_grid(x / scale) - x / scale| ** norm) over O and G, shape [C, Q].
 
     A row's errors are summed up in float32 while it is in cache, the rows' in float64.
     """
-    grid = problem.format.grid
     # fake_quantize's error is continuous in x / scale, so that a reciprocal off by an ulp changes it by an ulp.
-    shape_CQ1 = (len(scale_CQ), *values_OQG.shape[1:-1], 1)
-    reciprocal_CQ1 = _keep(scale_CQ.reciprocal()).reshape(shape_CQ1)
-    values_OCQG = values_OQG.float()[:, None]
+    shape_CQ11 = (len(scale_CQ), *values_OQPG.shape[1:-2], 1, 1)
+    reciprocal = keep(scale_CQ.reciprocal()).reshape(shape_CQ11)
+    zero_point = None if zero_point_CQ is None else zero_point_CQ.reshape(shape_CQ11)
+    values = _split_pairs(problem, values_OQPG)
+    powers = [problem.power(_round(part[:, None], reciprocal, zero_point, problem.format)) for part in values]
+    powers_OCQPG = functools.reduce(torch.add, powers)
+    if weights_OQPG is not None:
+        powers_OCQPG = powers_OCQPG * weights_OQPG[:, None]
+    sums_OCQP = powers_OCQPG.sum(-1)
+    if sums_OCQP.shape[0] == sums_OCQP.shape[-1] == 1:
+        return sums_OCQP[0, ..., 0].flatten(1)
+    return sums_OCQP.sum((0, -1), dtype=torch.float64).flatten(1)
+
+
+def _split_pairs(problem: _Problem, values_OQPG: Tensor) -> list[Tensor]:
+    """The values, float32: all of them, or the even and the odd ones.
+
+    A bfloat16 is the upper half of a float32. Loads of floats are fast, those of integers are not, and the negation
+    has the load be one of floats without changing any other bit.
+    """
+    if not problem.reads_pairs:
+        return [values_OQPG.float()]
+    bits = (-values_OQPG).view(torch.int32)
+    return [(bits * (1 << 16)).view(torch.float32), -(bits & -(1 << 16)).view(torch.float32)]
+
+
+def _round(values: Tensor, reciprocal: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
+    """The error of rounding x / scale, in units of the scale; up to its sign."""
+    grid = format.grid
     if grid.type == "int":
-        zero_point_CQ1 = None if problem.format.symmetric else zero_point_CQ.reshape(shape_CQ1)
-        errors_OCQG = _round_to_integer(values_OCQG, reciprocal_CQ1, grid, zero_point_CQ1)
-    elif problem.format.symmetric:
-        errors_OCQG = _round_to_float(values_OCQG, reciprocal_CQ1, grid)
-    else:
-        scaled_OCQG = values_OCQG * reciprocal_CQ1
-        zero_point_CQ1 = _keep(zero_point_CQ).reshape(shape_CQ1)
-        rounded_OCQG = grid.round((scaled_OCQG + zero_point_CQ1).clamp(grid.qmin, grid.qmax))
-        errors_OCQG = (rounded_OCQG - zero_point_CQ1) - scaled_OCQG
-    powers_OCQG = problem.power(errors_OCQG)
-    if weights_OQG is not None:
-        powers_OCQG = powers_OCQG * weights_OQG[:, None]
-    sums_OCQ = powers_OCQG.sum(-1).flatten(2)
-    return sums_OCQ[0] if len(values_OQG) == 1 else sums_OCQ.sum(0, dtype=torch.float64)
+        return _round_to_integer(values, reciprocal, grid, zero_point)
+    if zero_point is None:
+        return _round_to_float(values, reciprocal, grid)
+    scaled = values * reciprocal
+    rounded = grid.round((scaled + zero_point).clamp(grid.qmin, grid.qmax))
+    return (rounded - zero_point) - scaled
 
 
 def _round_to_integer(values: Tensor, reciprocal: Tensor, grid: Grid, zero_point: Tensor | None) -> Tensor:
@@ -555,7 +645,7 @@ def _round_to_integer(values: Tensor, reciprocal: Tensor, grid: Grid, zero_point
     else:
         # A whole zero point moves the grid by whole steps: moving the bounds instead keeps x / scale exact.
         steps = zero_point.to(torch.int32)
-        bits = torch.minimum(torch.maximum(bits, _keep(low - steps)), _keep(high - steps))
+        bits = torch.minimum(torch.maximum(bits, keep(low - steps)), keep(high - steps))
     return (bits.view(torch.float32) - shift) - values * reciprocal
 
 
@@ -576,15 +666,6 @@ def _to_bits(value: float) -> int:
     return int.from_bytes(struct.pack("<f", value), "little")
 
 
-def _keep(table: Tensor) -> Tensor:
-    """``table`` itself, and in a compiled graph a buffer.
-
-    Inductor would otherwise compute each entry anew for every vector of the innermost loop. It writes whatever
-    as_strided looks at.
-    """
-    return table.as_strided(table.shape, table.stride())
-
-
 def _find_improvements(_: None, errors_CQ: Tensor) -> tuple[Tensor, Tensor]:
     """The steps whose error is below all errors before by more than a tie; the first one where it is finite.
 
@@ -598,12 +679,67 @@ def _find_improvements(_: None, errors_CQ: Tensor) -> tuple[Tensor, Tensor]:
         # Floats add up powers of two as exactly, and are what vectorises.
         word_Q = torch.zeros_like(best_Q, dtype=torch.float32)
         for place, errors_Q in enumerate(part_CQ.unbind(0)):
-            improved_Q = torch.where(errors_Q < best_Q * margin, 1.0, 0.0)
+            word_Q = word_Q + torch.where(errors_Q < best_Q * margin, 2.0**place, 0.0)
             best_Q, margin = torch.minimum(best_Q, errors_Q), 1 - _TIE
-            word_Q = word_Q + improved_Q * 2.0**place
-            any_improved.append(improved_Q.amax())
-        words.append(word_Q)
-    return torch.stack(words, 1).int(), torch.stack(any_improved) > 0
+        words.append(keep(word_Q.int()))
+        place_C1 = torch.arange(len(part_CQ), device=word_Q.device, dtype=torch.int32)[:, None]
+        any_improved.append(((words[-1] >> place_C1) & 1).amax(1))
+    return torch.stack(words, 1), torch.cat(any_improved) > 0
+
+
+def _find_improvements_of_stored(
+    problem: _Problem, errors_KQ: Tensor, low_Q: Tensor, high_Q: Tensor, factors_C: Tensor, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``_find_improvements`` of the candidates that are stored as these scales.
+
+    The first candidate of a scale has its error, and those after it cannot improve on that.
+    """
+    total = len(factors_C)
+    first_KQ = keep(_find_first_steps(problem, low_Q, high_Q, total, global_scale))
+    # Large steps skip scales.
+    is_skipped_KQ = first_KQ >= torch.cat([first_KQ[1:], torch.full_like(first_KQ[:1], total)])
+    best_Q = torch.full_like(errors_KQ[0], torch.finfo(torch.float32).max)
+    steps, margin = [], 1.0
+    for errors_Q, step_Q in zip(torch.where(is_skipped_KQ, math.inf, errors_KQ), first_KQ, strict=True):
+        steps.append(torch.where(errors_Q < best_Q * margin, step_Q, -1.0))
+        best_Q, margin = torch.minimum(best_Q, errors_Q), 1 - _TIE
+    step_KQ = keep(torch.stack(steps))
+    words = []
+    for start in range(0, total, _WORD):
+        # 2 ** place by its bits; 0 where the step is another word's.
+        place_KQ = torch.where((step_KQ >= start) & (step_KQ < start + _WORD), step_KQ - start, -127.0)
+        words.append(((place_KQ.to(torch.int32) + 127) << 23).view(torch.float32).sum(0))
+    any_improved_C = torch.zeros(total, dtype=torch.bool, device=factors_C.device)
+    if problem.patience < total:  # nobody asks otherwise
+        step_C11 = torch.arange(total, device=factors_C.device, dtype=torch.float32)[:, None, None]
+        any_improved_C = torch.where(step_KQ == step_C11, 1.0, 0.0).amax((1, 2)) > 0
+    return torch.stack(words, 1).int(), any_improved_C
+
+
+def _find_first_steps(
+    problem: _Problem, low_Q: Tensor, high_Q: Tensor, total: int, global_scale: Tensor | None
+) -> Tensor:
+    """The first step of each stored scale, [K, Q], float32; where it is ``total`` or that of the next there is none.
+
+    It follows from the scale's bound up to roundings, of which two steps are looked at.
+    """
+    assert problem.num_scales
+
+    def calculate(step_KQ: Tensor) -> Tensor:
+        # In float64, as the factors are; multiplied in float32, as the candidates are.
+        factor = (1 - step_KQ.double() / problem.grid).float()
+        return calculate_exact_scale(low_Q * factor, high_Q * factor, problem.format, global_scale)
+
+    _, bound_KQ = _list_scales(problem, low_Q, high_Q, global_scale)
+    bound_KQ = keep(bound_KQ)
+    exact_Q = calculate_exact_scale(low_Q, high_Q, problem.format, global_scale)
+    start_KQ = keep((((1 - bound_KQ / exact_Q) * problem.grid).ceil() - 1).clamp(0, total))
+    step_KQ = start_KQ
+    for step in (start_KQ, start_KQ + 1):
+        step_KQ = step_KQ + torch.where(calculate(step) > bound_KQ, 1.0, 0.0)
+    step_KQ = torch.where(bound_KQ < 0, total, step_KQ.clamp(max=total))
+    is_own_K1 = torch.arange(problem.num_scales, device=low_Q.device)[:, None] == 0
+    return torch.where(is_own_K1, 0.0, step_KQ)
 
 
 def _pack_bits(flags_QC: Tensor) -> Tensor:
@@ -672,21 +808,8 @@ def _run(is_compiled: bool, stage: Callable[..., Any], problem: _Problem | None,
     """Runs a stage of the search, compiled where that is wanted and can be done."""
     if not is_compiled or not _Compiler.is_usable or any(t is not None and _is_traced(t) for t in tensors):
         return stage(problem, *tensors)
-    # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
-    # would find it out. Those of size 1 are compiled for that; the number of candidates becomes part of the graph
-    # where they are looked at one after the other.
-    signature: list[tuple[object, ...] | None] = []
-    for tensor in tensors:
-        if tensor is None:
-            signature.append(None)
-            continue
-        # Cut rows are the one case that is not contiguous.
-        signature.append((tensor.dtype, tensor.is_contiguous(), *(size == 1 for size in tensor.shape)))
-        for dim, size in enumerate(tensor.shape):
-            if size != 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, dim)
     try:
-        return _compile(stage, problem, tuple(signature))(*tensors)
+        return _compile(stage, problem, tuple(map(_sign, tensors)))(*tensors)
     except Exception as error:
         if not _is_missing_compiler(error):
             raise
@@ -709,9 +832,19 @@ class _Compiler:
     is_usable = True
 
 
+def _sign(tensor: Tensor | None) -> tuple[object, ...] | None:
+    """What a graph is made for: of each dimension whether it is 1, and the length of parts."""
+    if tensor is None:
+        return None
+    sizes: list[int | None] = [1 if size == 1 else None for size in tensor.shape]
+    if tensor.dim() > 3 and tensor.shape[-1] in _STATIC:
+        sizes[-1] = tensor.shape[-1]
+    return tensor.dtype, tensor.is_contiguous(), *sizes
+
+
 @functools.cache
 def _compile(stage: Callable[..., Any], problem: _Problem | None, signature: tuple[Any, ...]) -> Callable[..., Any]:
-    """One graph per problem and signature (dtypes, which dimensions are 1, and whether memory has gaps).
+    """One graph per problem and signature.
 
     A code object of its own keeps Dynamo's limit of recompilations away from it.
     """
@@ -721,7 +854,31 @@ def _compile(stage: Callable[..., Any], problem: _Problem | None, signature: tup
 
     code = run.__code__.replace(co_name=f"{stage.__name__.strip('_')}_{next(_serial)}")
     run = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
-    return torch.compile(run, fullgraph=True, options=_INDUCTOR_OPTIONS)
+    compiled = torch.compile(run, fullgraph=True, options=_INDUCTOR_OPTIONS)
+    is_traced = False
+
+    def call(*tensors: Tensor | None) -> Any:
+        nonlocal is_traced
+        if is_traced:
+            return compiled(*tensors)
+        # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
+        # would find it out. The number of candidates becomes part of the graph where they are looked at one after the
+        # other. Sizes that happen to be equal now need not be so later.
+        for tensor, signed in zip(tensors, signature, strict=True):
+            for dim, size in enumerate(signed[2:] if signed else ()):
+                if size is None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            result = compiled(*tensors)
+        is_traced = True
+        return result
+
+    return call
+
+
+def _keep_guards(guards: Sequence[Any]) -> list[bool]:
+    """Which guards are looked at: not those of the problem and of this module, which never change."""
+    return [guard.name == "" or "tensors" in guard.name or guard.guard_type == "DUPLICATE_INPUT" for guard in guards]
 
 
 def _is_missing_compiler(error: BaseException | None) -> bool:

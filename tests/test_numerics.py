@@ -11,6 +11,7 @@ from oracle import list_values, round_to
 from fxmse.numerics import (
     Format,
     Grid,
+    calculate_exact_scale,
     calculate_global_scale,
     calculate_scale_and_zero_point,
     count_stored_scales,
@@ -100,8 +101,11 @@ def test_stored_scales_are_few_and_all_listed(args, shrink):
     scales, _ = calculate_scale_and_zero_point(
         -candidates, candidates, format_, dtype=torch.float32, global_scale=global_scale
     )
-    index, listed = list_stored_scales(scales[0], scales, format_, num_scales)
-    assert torch.equal(listed.gather(0, index.long()), scales)
+    exact = calculate_exact_scale(-candidates, candidates, format_, global_scale)
+    listed, bounds = list_stored_scales(exact[0], format_, num_scales)
+    # A candidate is stored as the scale whose bound is the last that it does not exceed.
+    index = torch.stack([exact <= bound for bound in bounds[1:]]).sum(0)
+    assert torch.equal(listed.gather(0, index), scales)
     most = max(len(column.unique()) for column in scales.T[::37])
     assert most <= num_scales <= most + 1
 

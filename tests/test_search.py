@@ -18,7 +18,13 @@ from torch._subclasses import FakeTensorMode
 
 import fxmse.search as search_module
 from fxmse.layout import Layout
-from fxmse.numerics import Format, calculate_global_scale
+from fxmse.numerics import (
+    Format,
+    calculate_exact_scale,
+    calculate_global_scale,
+    count_stored_scales,
+    list_stored_scales,
+)
 from fxmse.search import SearchOptions, compilation, measure_range, search, search_global_range
 
 # A tie: the contract leaves either candidate to be chosen.
@@ -133,16 +139,16 @@ def test_one_graph_per_scheme_over_shapes_batches_and_ranks():
             search(torch.randn(shape), Format.of(args), Layout.of(args, "weight"), SearchOptions())
         return counters["stats"]["unique_graphs"]
 
-    # All schemes of groups share two graphs, for their ranges and for what improved, and have one each.
+    # All schemes share the graph of what improved, those of one group size that of their ranges, and have one each.
     groups = (64, 128), (96, 256), (33, 192), (512, 64), (17, 4096)
     assert search_weights(make_args(4, strategy="group", group_size=64), *groups) == 3
-    assert search_weights(make_args(3, strategy="group", group_size=32), *groups) == 4
-    # Long rows are cut, and their ranges need another graph; 8192 x 512 is several tiles.
+    assert search_weights(make_args(3, strategy="group", group_size=32), *groups) == 5
+    # Rows are cut into parts of 128; 8192 x 512 is several tiles.
     rows = (64, 512), (96, 768), (12, 11008), (512, 8192), (8192, 512)
-    assert search_weights(make_args(8, strategy="channel"), *rows) == 6
+    assert search_weights(make_args(8, strategy="channel"), *rows) == 7
     args = make_args(8)
-    # In half precision values over 2 ** 20 elements are observed in parts, which takes three graphs more.
-    for num_graphs, dtype in ((7, torch.float32), (11, torch.bfloat16)):
+    # Rows of these are cut into parts of 128 and of 32, and 65 x 2 cannot be.
+    for num_graphs, dtype in ((10, torch.float32), (13, torch.bfloat16)):
         for shape in ((8, 16, 64), (2, 31, 96), (128, 384), (3, 5, 7, 256), (64, 65, 2), (3, 700, 512)):
             search(torch.randn(shape).to(dtype), Format.of(args), Layout.of(args, "input"), SearchOptions())
         assert counters["stats"]["unique_graphs"] == num_graphs
@@ -277,6 +283,38 @@ def test_of_two_scales_that_round_alike_the_wider_range_is_kept(num_rows):
     torch.testing.assert_close(found.min[:, 0], weight.amin(1) * 1.8 * (1 - 2 / 200), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [SearchOptions(), SearchOptions(maxshrink=0.8, grid=7.0), SearchOptions(expand=1.8, grid=200.0, maxshrink=0.55)],
+    ids=str,
+)
+@pytest.mark.parametrize("args", [NVFP4, MXFP4], ids=["nvfp4", "mxfp4"])
+def test_first_steps_of_stored_scales_are_those_that_counting_finds(args, options):
+    format_, layout = Format.of(args), Layout.of(args, "weight")
+    num_scales = count_stored_scales(format_, options.factors[-1])
+    problem = search_module._Problem.of(format_, torch.float32, options, layout)
+    problem = replace(problem, num_scales=num_scales, grid=options.grid)
+    absmax = torch.cat([torch.logspace(-9, 4, 60_001, dtype=torch.float64).float(), torch.zeros(1)])
+    # Magnitudes whose shrunk ranges lie on the bounds themselves, and next to them.
+    _, bounds = list_stored_scales(calculate_exact_scale(-absmax, absmax, format_, None), format_, num_scales)
+    factors = torch.tensor(options.factors)
+    on_bounds = (bounds[1:, ::997, None] * (1 if format_.is_mx else 6) / factors).flatten()
+    absmax = torch.cat([absmax, *(on_bounds[on_bounds > 0] * (1 + ulps * 2.0**-23) for ulps in (-1, 0, 1))])
+    exact = calculate_exact_scale(-absmax, absmax, format_, None)
+    _, bounds = list_stored_scales(exact, format_, num_scales)
+    counted = torch.zeros_like(bounds)
+    for factor in factors:
+        shrunk = absmax * factor
+        counted += calculate_exact_scale(-shrunk, shrunk, format_, None) > bounds
+    counted[0] = 0
+
+    def find(problem, low, high):
+        return search_module._find_first_steps(problem, low, high, len(factors), None)
+
+    for is_compiled in (False, True):
+        assert torch.equal(search_module._run(is_compiled, find, problem, -absmax, absmax), counted)
+
+
 def test_patience_counts_steps_over_all_groups():
     # The first group improves at most steps and so keeps the search of the second going.
     options = SearchOptions(patience=2, maxshrink=0.5, grid=20.0)
@@ -395,6 +433,36 @@ def test_a_value_that_is_cut_into_tiles_gives_the_same_ranges(monkeypatch):
     cut = search(weight, Format.of(args), Layout.of(args, "weight"), options)
     assert torch.equal(whole.min, cut.min)
     assert torch.equal(whole.max, cut.max)
+
+
+@pytest.mark.parametrize("args", [make_args(4, strategy="channel"), NVFP4], ids=["channel", "nvfp4"])
+def test_one_row_is_weighted_as_one_of_many(args):
+    row, importance = make_weight("heavy", rows=1, columns=4096), torch.rand(4096)
+    layout, format_, options = Layout.of(args, "weight"), Format.of(args), SearchOptions(norm=3.0)
+    alone, twice = (
+        search(value, format_, layout, options, importance=importance) for value in (row, row.expand(2, -1))
+    )
+    assert torch.equal(alone.max, twice.max[:1])
+    assert not torch.equal(alone.max, search(row, format_, layout, options).max)
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group", "block"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_bfloat16_read_in_pairs_is_searched_as_its_float32_copy(strategy, symmetric):
+    sizes = {"group": {"group_size": 64}, "block": {"block_structure": [16, 64]}}.get(strategy, {})
+    args = make_args(4, strategy=strategy, symmetric=symmetric, scale_dtype=torch.float32, **sizes)
+    layout, format_, options = Layout.of(args, "weight"), Format.of(args), SearchOptions()
+    weight = make_weight("heavy", rows=96, columns=256).bfloat16()
+    assert search_module._holds_pairs(weight, layout)
+    found, expected = (search(value, format_, layout, options) for value in (weight, weight.float()))
+    assert torch.equal(found.min, expected.min)
+    assert torch.equal(found.max, expected.max)
+    # The first element is no even one of memory, or the rows are not beside each other.
+    for apart in (weight.flatten()[1:-255].view(95, 256), weight[:, :128]):
+        assert not search_module._holds_pairs(apart, layout)
+        assert torch.equal(
+            search(apart, format_, layout, options).max, search(apart.float(), format_, layout, options).max
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
