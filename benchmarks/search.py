@@ -143,23 +143,40 @@ def measure_floor_ms(observe_value: Callable[[], object]) -> float:
         observe_value()
     total = 0.0
     rates: dict[Any, float] = {}
-    for is_compiled, stage, problem, values, factors, *rest in (s for s in stages if len(s) > 4):
-        key = stage, problem
-        if key not in rates:
-            dim = 0 if problem.is_spread else 1
-            size = max(2, values.shape[dim] * CACHED // values.numel())
-            part = values.narrow(dim, 0, min(size, values.shape[dim]))
-            if dim:
-                part = part[0].unsqueeze(0) if len(part) == 1 else part  # as a tile of that size has its strides
-                num_groups = part.shape[1:-1].numel()
-                rest = [t[:num_groups] if t is not None and len(t) > 1 else t for t in rest]
-            run = functools.partial(search_module._run, is_compiled, stage, problem, part, factors, *rest)
-            with torch.no_grad():
-                run()
-                milliseconds = min(measure_ms(run, "cpu") for _ in range(15))
-            rates[key] = milliseconds / (part.numel() * len(factors))
-        total += values.numel() * len(factors) * rates[key]
+    sums = search_module._sum_errors, search_module._score_at_once
+    for is_compiled, stage, problem, values, factors, *rest in (s for s in stages if s[1] in sums):
+        if (stage, problem) not in rates:
+            run = functools.partial(run_part, is_compiled, stage, problem, values, factors, rest)
+            # The difference of two sizes leaves out what a call costs.
+            (small, small_ms), (large, large_ms) = (run(num_elements) for num_elements in (CACHED // 2, CACHED))
+            if small == large:  # two rows of blocks
+                small = small_ms = 0
+            rates[stage, problem] = (large_ms - small_ms) / ((large - small) * len(factors))
+        total += values.numel() * len(factors) * rates[stage, problem]
     return total
+
+
+def run_part(
+    is_compiled: bool,
+    stage: Callable[..., Any],
+    problem: Any,
+    values: Tensor,
+    factors: Tensor,
+    rest: list[Tensor | None],
+    num_elements: int,
+) -> tuple[int, float]:
+    """About ``num_elements`` of a stage's values, and the least ms that the stage takes for them."""
+    dim = 0 if problem.is_spread else 1
+    size = max(2, values.shape[dim] * num_elements // values.numel())
+    part = values.narrow(dim, 0, min(size, values.shape[dim]))
+    if dim:
+        part = part[0].unsqueeze(0) if len(part) == 1 else part  # as a tile of that size has its strides
+        num_groups = part.shape[1:-2].numel()
+        rest = [t[:num_groups] if t is not None and len(t) > 1 else t for t in rest]
+    run = functools.partial(search_module._run, is_compiled, stage, problem, part, factors, *rest)
+    with torch.no_grad():
+        run()
+        return part.numel(), min(measure_ms(run, "cpu") for _ in range(25))
 
 
 def measure_gpu_floor_ms(value: Tensor, num_steps: int) -> float:

@@ -84,7 +84,9 @@ _INDUCTOR_OPTIONS: dict[str, Any] = {
 # Groups are cut into parts of one of these lengths. It is a constant of the graph: the innermost loop needs no check
 # for its end then and is two to three times as fast, and float32 sums of so few errors are exact enough.
 _PARTS = (128, 64, 32, 16)
-_STATIC = {*_PARTS, *(part // 2 for part in _PARTS)}  # the latter in pairs
+# A value of one group is better cut into longer ones: each has an entry for every candidate.
+_LONG_PARTS = (1024, *_PARTS)
+_STATIC = {*_LONG_PARTS, *(part // 2 for part in _LONG_PARTS)}  # the latter in pairs
 # Elements of half precision that are copied to float32 at a time, where they cannot be read as pairs.
 _MAX_COPIED = 1 << 18
 _HALF = (torch.bfloat16, torch.float16)
@@ -425,22 +427,18 @@ def _find_end(any_improved: list[bool], patience: int) -> int:
 
 def _cut_groups(values_OQG: Tensor, weights_QG: Tensor | None) -> _Tile:
     """A tile with its groups cut into parts of one of the lengths that graphs are made for, if one divides them."""
-    part = _choose_part(values_OQG.shape[-1])
-
-    def cut(groups: Tensor) -> Tensor:
-        return groups.unflatten(-1, (-1, part))
-
-    if weights_QG is not None:
-        return _Tile(cut(values_OQG), cut(weights_QG[None]))
-    values_OQPG = cut(values_OQG)
-    if values_OQG.shape[1:-1].numel() == 1 and values_OQPG.is_contiguous():
+    if weights_QG is None and values_OQG.shape[1:-1].numel() == 1 and values_OQG.is_contiguous():
         # One group's parts are observations as well.
-        values_OQPG = values_OQPG.reshape(-1, 1, 1, part)
-    return _Tile(values_OQPG, None)
+        part = _choose_part(values_OQG.numel(), _LONG_PARTS, values_OQG.shape[-1])
+        return _Tile(values_OQG.reshape(-1, 1, 1, part), None)
+    length = values_OQG.shape[-1]
+    part = _choose_part(length, _PARTS, length)
+    weights_OQPG = None if weights_QG is None else weights_QG[None].unflatten(-1, (-1, part))
+    return _Tile(values_OQG.unflatten(-1, (-1, part)), weights_OQPG)
 
 
-def _choose_part(length: int) -> int:
-    return next((part for part in _PARTS if length % part == 0), length)
+def _choose_part(length: int, parts: tuple[int, ...], default: int) -> int:
+    return next((part for part in parts if length % part == 0), default)
 
 
 def _holds_pairs(value: Tensor, layout: Layout) -> bool:
@@ -452,12 +450,8 @@ def _holds_pairs(value: Tensor, layout: Layout) -> bool:
         return False
     length = layout.block_structure[1] if layout.block_structure else layout.group_size or value.shape[-1]
     num_lanes = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-    return (
-        value.is_contiguous()
-        and value.storage_offset() % 2 == 0
-        and _choose_part(length) in _PARTS
-        and _choose_part(length) >= 2 * num_lanes
-    )
+    has_pairs = _choose_part(length, _PARTS, 0) >= 2 * num_lanes
+    return has_pairs and value.is_contiguous() and value.storage_offset() % 2 == 0
 
 
 def _measure(_: None, values_OQPG: Tensor) -> Range:
