@@ -252,7 +252,11 @@ def search(
     reads_pairs = is_compiled and importance is None and _holds_pairs(value, layout)
     problem = replace(problem, reads_pairs=reads_pairs)
     max_elements = _MAX_COPIED if value.dtype in _HALF and not reads_pairs else MAX_ELEMENTS
-    max_groups = min(_MAX_TABLE // (problem.num_scales or num_steps), max_elements * math.prod(shape) // value.numel())
+    # With few stored scales a dozen tables are held at a time, else three.
+    max_groups = min(
+        _MAX_TABLE // (4 * problem.num_scales if problem.num_scales else num_steps),
+        max_elements * math.prod(shape) // value.numel(),
+    )
 
     def cut() -> Iterator[_Tile]:
         weights: Iterable[Tensor | None] = itertools.repeat(None)
@@ -361,11 +365,12 @@ def _search_tiles(
             num_steps = _find_end(any_improved_C.tolist(), problem.patience)
         if all(score.num_steps >= num_steps for score in scores.values()):
             break
-    step_Q = torch.cat([_find_best_step(s.improved_QW, any_improved_C, problem.patience) for s in scores.values()])
-    factor_Q = factors_C[step_Q]
-    low_Q = torch.cat([score.range.min for score in scores.values()])
-    high_Q = torch.cat([score.range.max for score in scores.values()])
-    return Range(low_Q * factor_Q, high_Q * factor_Q), num_steps
+    best = []
+    for index in sorted(scores):
+        score = scores.pop(index)  # frees it: of small groups there are many
+        factor_Q = factors_C[_find_best_step(score.improved_QW, any_improved_C, problem.patience)]
+        best.append(Range(score.range.min * factor_Q, score.range.max * factor_Q))
+    return Range(torch.cat([part.min for part in best]), torch.cat([part.max for part in best])), num_steps
 
 
 def _score(
