@@ -170,5 +170,5 @@ def _fit(x: Tensor, y: Tensor, degree: int) -> tuple[float, ...]:
     """Coefficients of y(x), highest first, least in relative error."""
     rows = torch.linalg.vander(x, N=degree + 1).flip(1) / y[:, None]
     solution = torch.linalg.lstsq(rows, torch.ones_like(y)[:, None]).solution[:, 0]
-    # Its last bits vary from process to process: a graph with other constants would be another graph to on-disk caches.
+    # In float32, as graphs compute with them.
     return tuple(solution.float().tolist())
