@@ -624,7 +624,7 @@ def _round(values: Tensor, reciprocal: Tensor, zero_point: Tensor | None, format
         return _round_to_integer(values, reciprocal, grid, zero_point)
     if zero_point is None:
         return _round_to_float(values, reciprocal, grid)
-    scaled = values * reciprocal
+    scaled, zero_point = values * reciprocal, keep(zero_point)
     rounded = grid.round((scaled + zero_point).clamp(grid.qmin, grid.qmax))
     return (rounded - zero_point) - scaled
 
