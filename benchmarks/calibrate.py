@@ -158,7 +158,9 @@ def measure_all(methods: list[str], options: list[str]) -> Iterator[dict[str, An
     for method in methods:
         command = [sys.executable, __file__, *options, "--in-this-process", method]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        yield json.loads(output.splitlines()[-1])
+        row = json.loads(output.splitlines()[-1])
+        print(f"{method}: {row['ratio']:.2f}", file=sys.stderr)
+        yield row
 
 
 def main() -> None:

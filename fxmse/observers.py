@@ -192,7 +192,8 @@ class Observer(nn.Module, RegistryMixin):
     def state(self, state: State) -> None:
         tensors = [tensor for kept in state for tensor in (kept or (None, None))]
         for name, tensor in zip(_BUFFERS, tensors, strict=True):
-            setattr(self, name, tensor)
+            if getattr(self, name) is not tensor:  # a module's attributes are slow to set
+                setattr(self, name, tensor)
 
     @property
     def has_statistics(self) -> bool:
@@ -322,7 +323,7 @@ def _average(old: Range | None, new: Range, constant: float) -> Range:
     """Old * (1 - constant) + new * constant, the first range as it is."""
     if old is None or constant == 1:
         return new
-    return Range(*(a * (1 - constant) + b * constant for a, b in zip(old, new, strict=True)))
+    return Range(*((a * (1 - constant)).add(b, alpha=constant) for a, b in zip(old, new, strict=True)))
 
 
 @Observer.register("minmax")

@@ -78,8 +78,6 @@ _INDUCTOR_OPTIONS: dict[str, Any] = {
     # Inductor writes what takes more than 30 operations to a buffer, if it is read twice: here one of the data's size
     # times the candidates.
     "realize_opcount_threshold": 1 << 10,
-    # Looking at all of them takes longer than the search of a small value.
-    "guard_filter_fn": lambda guards: _keep_guards(guards),
 }
 # Groups are cut into parts of one of these lengths. It is a constant of the graph: the innermost loop needs no check
 # for its end then and is two to three times as fast, and float32 sums of so few errors are exact enough.
@@ -350,7 +348,7 @@ def _search_tiles(
     tiles that stopped before are then evaluated again.
     """
     total = len(factors_C)
-    any_improved_C = torch.zeros(total, dtype=torch.bool, device=factors_C.device)
+    any_improved_C: Tensor | None = None
     scores: dict[int, _Scores] = {}
     num_steps = total
     while True:
@@ -359,17 +357,22 @@ def _search_tiles(
                 continue
             score = _score(problem, tile, factors_C, global_scale, any_improved_C, is_compiled)
             scores[index] = score
-            any_improved_C = any_improved_C | score.any_improved_C
+            found_C = score.any_improved_C
+            any_improved_C = found_C if any_improved_C is None else any_improved_C | found_C
+        assert any_improved_C is not None
         num_steps = total
         if _reads_flags(factors_C):
             num_steps = _find_end(any_improved_C.tolist(), problem.patience)
         if all(score.num_steps >= num_steps for score in scores.values()):
             break
+    steps_W = _allow_steps(any_improved_C, problem.patience, num_steps)
     best = []
     for index in sorted(scores):
         score = scores.pop(index)  # frees it: of small groups there are many
-        factor_Q = factors_C[_find_best_step(score.improved_QW, any_improved_C, problem.patience)]
-        best.append(Range(score.range.min * factor_Q, score.range.max * factor_Q))
+        is_large = len(score.improved_QW) >= _MIN_COMPILED
+        best.append(_run(is_compiled and is_large, _choose, None, score.improved_QW, steps_W, *score.range, factors_C))
+    if len(best) == 1:
+        return best[0], num_steps
     return Range(torch.cat([part.min for part in best]), torch.cat([part.max for part in best])), num_steps
 
 
@@ -378,7 +381,7 @@ def _score(
     tile: _Tile,
     factors_C: Tensor,
     global_scale: Tensor | None,
-    any_improved_C: Tensor,
+    any_improved_C: Tensor | None,
     is_compiled: bool,
 ) -> _Scores:
     """Evaluates the candidates of every group of a tile, as far as ``any_improved_C`` and its own errors say."""
@@ -403,6 +406,8 @@ def _score(
     if not _reads_flags(factors_C):
         improved_QW, found_C = _run(is_compiled, _find_improvements, None, sum_errors(factors_C, global_scale, own))
         return _Scores(own, improved_QW, found_C, total)
+    if any_improved_C is None:
+        any_improved_C = torch.zeros(total, dtype=torch.bool, device=factors_C.device)
     errors_CQ = torch.full((total, len(own.min)), math.inf, device=factors_C.device)
     num_steps, improved = 0, any_improved_C.tolist()
     while num_steps < (end := _find_end(improved, problem.patience)):
@@ -741,30 +746,43 @@ def _find_first_steps(
     return torch.where(is_own_K1, 0.0, step_KQ)
 
 
-def _pack_bits(flags_QC: Tensor) -> Tensor:
-    """Bit sets [Q, W] of ``_WORD`` flags a word."""
-    words = []
-    for part in flags_QC.split(_WORD, 1):
-        place = torch.arange(part.shape[1], device=part.device)
-        words.append((part.int() << place).sum(1, dtype=torch.int32))
-    return torch.stack(words, 1)
+def _allow_steps(any_improved_C: Tensor, patience: int, num_steps: int) -> Tensor:
+    """Bit sets [W] of the steps before the contract's loop ends, ``num_steps`` where flags can be read.
 
-
-def _find_best_step(improved_QW: Tensor, any_improved_C: Tensor, patience: int) -> Tensor:
-    """Each group's last improvement before the search would have ended, [Q].
-
-    The contract's loop ends once no group improved in ``patience`` steps in a row, so that no step behind such a
-    run counts.
+    It ends once no group improved in ``patience`` steps in a row, so that no step behind such a run counts.
     """
-    num_steps = any_improved_C.shape[0]
-    if patience < num_steps:
-        is_stale = (~any_improved_C).unfold(0, patience, 1).all(1)
-        has_ended = torch.cat([is_stale.new_zeros(patience), is_stale.cumsum(0)[:-1] > 0])
-        improved_QW = improved_QW & _pack_bits(~has_ended[None])
+    total = len(any_improved_C)
+    if _reads_flags(any_improved_C) or patience >= total:
+        return _make_words(total, num_steps, any_improved_C.device)
+    is_stale = (~any_improved_C).unfold(0, patience, 1).all(1)
+    has_ended = torch.cat([is_stale.new_zeros(patience), is_stale.cumsum(0)[:-1] > 0])
+    words = []
+    for part in (~has_ended).split(_WORD):
+        words.append((part.int() << torch.arange(len(part), device=part.device)).sum(dtype=torch.int32))
+    return torch.stack(words)
+
+
+@functools.cache
+def _make_words(total: int, num_steps: int, device: torch.device) -> Tensor:
+    """Bit sets [W] of the first ``num_steps`` of ``total`` steps."""
+    words = [(1 << min(max(num_steps - start, 0), _WORD)) - 1 for start in range(0, total, _WORD)]
+    return torch.tensor(words, dtype=torch.int32, device=device)
+
+
+def _choose(_: None, improved_QW: Tensor, steps_W: Tensor, low_Q: Tensor, high_Q: Tensor, factors_C: Tensor) -> Range:
+    """The candidate of each group's last improvement among these steps; the first one where it has none."""
+    if len(improved_QW) == 1 and _reads_flags(improved_QW):
+        # Of one number an operation takes longer than Python.
+        words = zip(improved_QW[0].tolist(), steps_W.tolist(), strict=True)
+        bits = sum((word & steps) << (_WORD * index) for index, (word, steps) in enumerate(words))
+        factor = factors_C[max(bits.bit_length() - 1, 0)]
+        return Range(low_Q * factor, high_Q * factor)
     # A float's exponent is the place of its highest bit; that of 0 is below all.
-    highest_QW = (improved_QW.float().view(torch.int32) >> 23) - 127
-    offset_W = torch.arange(0, num_steps, _WORD, device=improved_QW.device)
-    return torch.where(highest_QW >= 0, highest_QW + offset_W, 0).amax(1)
+    highest_QW = ((improved_QW & steps_W).float().view(torch.int32) >> 23) - 127
+    offset_W = torch.arange(0, _WORD * len(steps_W), _WORD, device=steps_W.device)
+    step_Q = torch.where(highest_QW >= 0, highest_QW + offset_W, 0).amax(1)
+    factor_Q = factors_C[step_Q]
+    return Range(low_Q * factor_Q, high_Q * factor_Q)
 
 
 def _pays_to_compile(problem: _Problem, value: Tensor, num_steps: int) -> bool:
@@ -774,6 +792,10 @@ def _pays_to_compile(problem: _Problem, value: Tensor, num_steps: int) -> bool:
     if mode == "auto" and _uncompiled_work[problem] < _COMPILATION_WORK:
         _uncompiled_work[problem] += value.numel() * num_steps
     return mode == "always" or _uncompiled_work[problem] >= _COMPILATION_WORK
+
+
+# The tensor whose first dimension are steps that a stage looks at one after the other.
+_UNROLLED = {_find_improvements: 0, _score_at_once: 1, _find_improvements_of_stored: 3}
 
 
 @contextmanager
@@ -808,7 +830,11 @@ def _run(is_compiled: bool, stage: Callable[..., Any], problem: _Problem | None,
     if not is_compiled or not _Compiler.is_usable or any(t is not None and _is_traced(t) for t in tensors):
         return stage(problem, *tensors)
     try:
-        return _compile(stage, problem, tuple(map(_sign, tensors)))(*tensors)
+        # Of a view Dynamo would look at what it is a view of, and it at who asks for the graph.
+        bare = [None if tensor is None else tensor.data for tensor in tensors]
+        unrolled = bare[_UNROLLED[stage]] if stage in _UNROLLED else None
+        num_steps = None if unrolled is None else len(unrolled)
+        return _compile(stage, problem, num_steps, tuple(map(_sign, bare)))(*bare)
     except Exception as error:
         if not _is_missing_compiler(error):
             raise
@@ -838,12 +864,14 @@ def _sign(tensor: Tensor | None) -> tuple[object, ...] | None:
     sizes: list[int | None] = [1 if size == 1 else None for size in tensor.shape]
     if tensor.dim() > 3 and tensor.shape[-1] in _STATIC:
         sizes[-1] = tensor.shape[-1]
-    return tensor.dtype, tensor.is_contiguous(), *sizes
+    return tensor.is_contiguous(), tensor.dtype, tensor.device, *sizes
 
 
 @functools.cache
-def _compile(stage: Callable[..., Any], problem: _Problem | None, signature: tuple[Any, ...]) -> Callable[..., Any]:
-    """One graph per problem and signature.
+def _compile(
+    stage: Callable[..., Any], problem: _Problem | None, num_steps: int | None, signature: tuple[Any, ...]
+) -> Callable[..., Any]:
+    """One graph per problem, signature and, where it looks at steps one after the other, their number.
 
     A code object of its own keeps Dynamo's limit of recompilations away from it.
     """
@@ -853,7 +881,8 @@ def _compile(stage: Callable[..., Any], problem: _Problem | None, signature: tup
 
     code = run.__code__.replace(co_name=f"{stage.__name__.strip('_')}_{next(_serial)}")
     run = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
-    compiled = torch.compile(run, fullgraph=True, options=_INDUCTOR_OPTIONS)
+    options = {**_INDUCTOR_OPTIONS, "guard_filter_fn": functools.partial(_keep_guards, signature)}
+    compiled = torch.compile(run, fullgraph=True, options=options)
     is_traced = False
 
     def call(*tensors: Tensor | None) -> Any:
@@ -861,10 +890,9 @@ def _compile(stage: Callable[..., Any], problem: _Problem | None, signature: tup
         if is_traced:
             return compiled(*tensors)
         # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
-        # would find it out. The number of candidates becomes part of the graph where they are looked at one after the
-        # other. Sizes that happen to be equal now need not be so later.
+        # would find it out. Sizes that happen to be equal now need not be so later.
         for tensor, signed in zip(tensors, signature, strict=True):
-            for dim, size in enumerate(signed[2:] if signed else ()):
+            for dim, size in enumerate(signed[3:] if signed else ()):
                 if size is None:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
         with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
@@ -875,9 +903,14 @@ def _compile(stage: Callable[..., Any], problem: _Problem | None, signature: tup
     return call
 
 
-def _keep_guards(guards: Sequence[Any]) -> list[bool]:
-    """Which guards are looked at: not those of the problem and of this module, which never change."""
-    return [guard.name == "" or "tensors" in guard.name or guard.guard_type == "DUPLICATE_INPUT" for guard in guards]
+def _keep_guards(signature: tuple[Any, ...], guards: Sequence[Any]) -> list[bool]:
+    """Which guards are looked at: those of the mode, the sizes, and the strides that the signature leaves open.
+
+    Looking at all of them takes longer than the search of a small value, and some hold nothing that the graph depends
+    on: whether an operator of torch.library or inference mode is at work.
+    """
+    open_tensors = {f"L['tensors'][{i}]" for i, signed in enumerate(signature) if signed and not signed[0]}
+    return [guard.name in ("", *open_tensors) or guard.guard_type == "DUPLICATE_INPUT" for guard in guards]
 
 
 def _is_missing_compiler(error: BaseException | None) -> bool:

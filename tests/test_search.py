@@ -25,6 +25,7 @@ from fxmse.numerics import (
     count_stored_scales,
     list_stored_scales,
 )
+from fxmse.observers import Observer
 from fxmse.search import SearchOptions, compilation, measure_range, search, search_global_range
 
 # A tie: the contract leaves either candidate to be chosen.
@@ -154,6 +155,23 @@ def test_one_graph_per_scheme_over_shapes_batches_and_ranks():
         assert counters["stats"]["unique_graphs"] == num_graphs
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_whoever_asks_for_a_search_gets_the_same_graph():
+    args, options = make_args(7), SearchOptions(norm=2.2)
+    observer = Observer.load_from_registry("memoryless_mse", base_name="input", args=args, norm=2.2)
+    value = torch.randn(3, 64, 96)
+
+    def search_value(value):
+        return search(value, Format.of(args), Layout.of(args, "input"), options)
+
+    found = [search_value(value), search_value(torch.nn.Parameter(value)), search_value(value.expand(1, -1, -1, -1)[0])]
+    found.append(torch.ops.fxmse.measure(value, None, observer._spec))
+    with torch.inference_mode():
+        found += [search_value(value), search_value(value.clone())]
+    for later in found[1:]:
+        torch.testing.assert_close(later, found[0], rtol=0, atol=0, check_device=True)
 
 
 def test_many_schemes_stay_compiled():
@@ -406,7 +424,13 @@ def test_a_scheme_is_compiled_once_its_searches_took_as_long_as_compiling(monkey
     args = make_args(5, strategy="channel")
     compiled = []
     run = search_module._run
-    monkeypatch.setattr(search_module, "_run", lambda *args: compiled.append(args[0]) or run(False, *args[1:]))
+
+    def record(is_compiled, stage, *args):
+        if stage is not search_module._choose:  # among so few groups never
+            compiled.append(is_compiled)
+        return run(False, stage, *args)
+
+    monkeypatch.setattr(search_module, "_run", record)
     monkeypatch.setattr(search_module, "_COMPILATION_WORK", 3 * 64 * 128 * 20)
 
     def is_compiled(rows, columns=128):
