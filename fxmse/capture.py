@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-__all__ = ["capture", "copy_graph_module", "split_inputs"]
+from fxmse.config import CONFIG_KEY
+
+__all__ = ["capture", "copy_graph_module", "let_vary", "split_inputs"]
 
 
 def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None, dynamic_shapes: Any = None) -> GraphModule:
@@ -36,8 +38,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None, dyna
         )
     args, kwargs = split_inputs(example_inputs)
     if dynamic_shapes is None:
-        specs = torch.utils._pytree.tree_map(_let_vary, (args, kwargs))
-        dynamic_shapes = specs[1] if kwargs else specs[0]
+        dynamic_shapes = let_vary(args, kwargs)
     was_training = {module: module.training for module in model.modules()}
     try:
         exported = torch.export.export(model.eval(), args, kwargs, dynamic_shapes=dynamic_shapes)
@@ -49,7 +50,10 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None, dyna
 
 def copy_graph_module(graph_module: GraphModule) -> GraphModule:
     """A copy with a graph and containers of its own, and the same parameters, buffers and leaf modules."""
-    return GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    copied = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    if CONFIG_KEY in graph_module.meta:
+        copied.meta[CONFIG_KEY] = graph_module.meta[CONFIG_KEY]
+    return copied
 
 
 def split_inputs(inputs: Any) -> tuple[tuple, dict[str, Any]]:
@@ -61,5 +65,11 @@ def split_inputs(inputs: Any) -> tuple[tuple, dict[str, Any]]:
     return (inputs,), {}
 
 
-def _let_vary(value: Any) -> dict[int, Any] | None:
+def let_vary(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """``dynamic_shapes`` for torch.export with which every dimension may vary that can."""
+    specs = torch.utils._pytree.tree_map(_let_all_vary, (args, kwargs))
+    return specs[1] if kwargs else specs[0]
+
+
+def _let_all_vary(value: Any) -> dict[int, Any] | None:
     return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None

@@ -24,10 +24,23 @@ from torch import nn
 from fxmse.layout import Layout
 from fxmse.numerics import Format
 
-__all__ = ["Config", "Matches", "Site", "check_dynamic_shape", "make_site", "match_schemes", "resolve_config"]
+__all__ = [
+    "CONFIG_KEY",
+    "Config",
+    "Matches",
+    "NothingMatchedError",
+    "Site",
+    "check_dynamic_shape",
+    "make_site",
+    "match_schemes",
+    "resolve_config",
+]
 
 Config: TypeAlias = QuantizationConfig | QuantizationScheme | Mapping[str, Any] | str | os.PathLike[str]
 """What :func:`resolve_config` takes."""
+
+CONFIG_KEY = "fxmse_config"
+"""Where an observed graph's ``meta`` has the config that its observers were inserted by; folding keeps it."""
 
 _DEFAULT_OBSERVERS = {"weight": "memoryless_mse"}  # and "mse" for every activation
 _FILES = (".json", ".yaml", ".yml")
@@ -194,6 +207,10 @@ Modules: TypeAlias = Mapping[tuple[str, str], nn.Module]
 """Modules that hold ops which can be quantized, by dotted path and the op's class or function name."""
 
 
+class NothingMatchedError(ValueError):
+    """A graph has nothing that the config quantizes."""
+
+
 class Matches(NamedTuple):
     """Which scheme each op gets, by its module's path and its class or function name.
 
@@ -219,7 +236,7 @@ def match_schemes(config: QuantizationConfig, modules: Modules, functions: Modul
         functions: those with ops of activations only.
 
     Raises:
-        ValueError: nothing is left to quantize.
+        NothingMatchedError: nothing is left to quantize.
     """
     schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
     ignore = config.ignore or []
@@ -240,7 +257,7 @@ def match_schemes(config: QuantizationConfig, modules: Modules, functions: Modul
     everything = {**modules, **functions}
     if not matched.modules and not matched.functions and not config.kv_cache_scheme:
         found = sorted({f"{type(module).__name__} ({path or 'root'})" for (path, _), module in everything.items()})
-        raise ValueError(
+        raise NothingMatchedError(
             f"targets {list(schemes)} (ignoring {ignore}) matched nothing: the graph's modules that can be quantized "
             f"are {', '.join(found) if found else 'none'}"
         )

@@ -11,6 +11,7 @@ from fxmse.numerics import Format, Grid, calculate_scale_and_zero_point
 from fxmse.observers import MSEObserver
 
 __all__ = [
+    "DECOMPOSITIONS",
     "DYNAMIC_FAKE_QUANTIZE",
     "FAKE_QUANTIZE",
     "dynamic_fake_quantize",
@@ -156,6 +157,10 @@ FAKE_QUANTIZE = torch.ops.fxmse.fake_quantize.default
 """The overload that graphs call."""
 DYNAMIC_FAKE_QUANTIZE = torch.ops.fxmse.dynamic_fake_quantize.default
 """The overload that graphs call."""
+
+
+DECOMPOSITIONS = {FAKE_QUANTIZE: _fake_quantize, DYNAMIC_FAKE_QUANTIZE: _dynamic_fake_quantize}
+"""A table for ``ExportedProgram.run_decompositions`` that leaves all other ops alone."""
 
 
 def is_fake_quantize(node: Node) -> bool:

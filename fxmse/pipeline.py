@@ -20,7 +20,7 @@ from fxmse.ops import is_fake_quantize
 from fxmse.passes import FoldFakeQuant, InsertObservers
 from fxmse.passes.probe import Probe, find_importances, find_probes, observe_weights
 
-__all__ = ["calibrate", "convert", "prepare", "quantize"]
+__all__ = ["calibrate", "convert", "observe_or_roll_back", "prepare", "quantize"]
 
 
 def prepare(
@@ -76,7 +76,7 @@ def calibrate(
     """
     probes = _get_probes(observed)
     weights = {probe.name: probe for probe in probes if probe.is_weight and not probe.waits_for_importance}
-    _observe_or_roll_back(weights, "the weights", lambda: observe_weights(observed))
+    observe_or_roll_back(weights, "the weights", lambda: observe_weights(observed))
     activations = [probe for probe in probes if not probe.is_weight]
     watchers: dict[str, Probe | Importance] = {probe.name: probe for probe in activations}
     watchers |= {str(node.target): importance for node, importance in find_importances(observed)}
@@ -89,7 +89,7 @@ def calibrate(
         # The first batch gives the observers their states, and what a graph is compiled for changes no more.
         run = compiled if count > 1 else observed
         uncompiled = functools.partial(observed, *args, **kwargs)
-        _observe_or_roll_back(watchers, f"batch {count}", functools.partial(run, *args, **kwargs), uncompiled)
+        observe_or_roll_back(watchers, f"batch {count}", functools.partial(run, *args, **kwargs), uncompiled)
     unseen = [probe.name for probe in activations if not probe.has_statistics]
     if unseen:
         raise ValueError(
@@ -145,7 +145,7 @@ def _get_probes(observed: GraphModule) -> list[Probe]:
     raise ValueError("the graph has no observers: make it with fxmse.prepare")
 
 
-def _observe_or_roll_back(
+def observe_or_roll_back(
     watchers: Mapping[str, Probe | Importance],
     what: str,
     run: Callable[[], object],

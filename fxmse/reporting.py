@@ -16,7 +16,7 @@ from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
 from fxmse.passes.base import get_attribute
 from fxmse.passes.fold_fake_quant import SITES_KEY
 
-__all__ = ["SiteReport", "report"]
+__all__ = ["SiteReport", "describe_format", "report"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class SiteReport:
         role: "weight", "input", "output", "q", "k" or "v".
         format: the grid, symmetry and strategy in words, as in "int8 asymmetric tensor".
         num_scales: how many scales there are; 0 where each value brings its own (dynamic).
+        scale_min: the smallest of them, in units of the value; None where they are dynamic.
+        scale_max: the largest.
         sqnr: signal to quantization noise in dB: 10 log10(sum(x ** 2) / sum((fake_quantize(x) - x) ** 2)).
         range_ratio: the scale over the one that the smallest and largest value would give, averaged over the scales;
             1 where they are dynamic.
@@ -37,6 +39,8 @@ class SiteReport:
     role: str
     format: str
     num_scales: int
+    scale_min: float | None
+    scale_max: float | None
     sqnr: float
     range_ratio: float
 
@@ -68,6 +72,14 @@ def report(quantized: GraphModule, batches: Iterable[Any]) -> list[SiteReport]:
     return [recorder.summarise() for recorder in recorders]
 
 
+def describe_format(args: QuantizationArgs) -> str:
+    """A format in words, as in "int8 asymmetric tensor"."""
+    symmetry = "symmetric" if args.symmetric else "asymmetric"
+    size = f" {args.group_size}" if args.group_size else ""
+    dynamic = " dynamic" if args.dynamic else ""
+    return f"{args.type}{args.num_bits} {symmetry} {args.strategy}{size}{dynamic}"
+
+
 class _Recorder(nn.Module):
     """Adds up what a fake-quantize node changes."""
 
@@ -89,15 +101,14 @@ class _Recorder(nn.Module):
         return quantized
 
     def summarise(self) -> SiteReport:
-        args = self.args
-        symmetry = "symmetric" if args.symmetric else "asymmetric"
-        size = f" {args.group_size}" if args.group_size else ""
-        dynamic = " dynamic" if args.dynamic else ""
+        scale = self.scale
         return SiteReport(
             module=self.module,
             role=self.role,
-            format=f"{args.type}{args.num_bits} {symmetry} {args.strategy}{size}{dynamic}",
-            num_scales=0 if self.scale is None else self.scale.numel(),
+            format=describe_format(self.args),
+            num_scales=0 if scale is None else scale.numel(),
+            scale_min=None if scale is None else scale.min().item(),
+            scale_max=None if scale is None else scale.max().item(),
             sqnr=10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf,
             range_ratio=self._calculate_range_ratio(),
         )

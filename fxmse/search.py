@@ -875,6 +875,7 @@ def _compile(
 
     A code object of its own keeps Dynamo's limit of recompilations away from it.
     """
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list as list_entries
 
     def run(*tensors: Tensor | None) -> Any:
         return stage(problem, *tensors)
@@ -883,22 +884,23 @@ def _compile(
     run = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
     options = {**_INDUCTOR_OPTIONS, "guard_filter_fn": functools.partial(_keep_guards, signature)}
     compiled = torch.compile(run, fullgraph=True, options=options)
-    is_traced = False
+    varying = [
+        (place, dim)
+        for place, signed in enumerate(signature)
+        for dim, size in enumerate(signed[3:] if signed else ())
+        if size is None
+    ]
 
     def call(*tensors: Tensor | None) -> Any:
-        nonlocal is_traced
-        if is_traced:
-            return compiled(*tensors)
         # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
-        # would find it out. Sizes that happen to be equal now need not be so later.
-        for tensor, signed in zip(tensors, signature, strict=True):
-            for dim, size in enumerate(signed[3:] if signed else ()):
-                if size is None:
-                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        # would find it out. Dynamo may look at any call: its caches are reset, or the mode is another.
+        for place, dim in varying:
+            torch._dynamo.maybe_mark_dynamic(tensors[place], dim)
+        if list_entries(code):
+            return compiled(*tensors)
+        # Sizes that happen to be equal now need not be so later.
         with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            result = compiled(*tensors)
-        is_traced = True
-        return result
+            return compiled(*tensors)
 
     return call
 

@@ -59,6 +59,8 @@ class FoldFakeQuant(GraphPass):
 
 
 def _get_qparams(probe: Probe) -> dict[str, Tensor | None]:
+    if probe.given is not None:
+        return probe.given
     if probe.observer is None:
         return dict.fromkeys(("scale", "zero_point", "global_scale"))
     try:

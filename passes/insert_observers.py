@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from fxmse.config import Config, Site, resolve_config
+from fxmse.config import CONFIG_KEY, Config, Site, resolve_config
 from fxmse.importance import IMatrixMSEObserver
 from fxmse.observers import Observer
 from fxmse.ops import is_fake_quantize
@@ -69,7 +69,8 @@ class InsertObservers(GraphPass):
                 "it differently"
             )
         modified = FunctionalizeModules()(graph_module).modified
-        reads = find_reads(graph_module, resolve_config(self.config))
+        config = resolve_config(self.config)
+        reads = find_reads(graph_module, config)
         plan = _share_observers(graph_module, reads)
         for observation in plan:
             observation.mask = _find_mask(graph_module, observation.reads[0].site, observation.observer)
@@ -80,6 +81,7 @@ class InsertObservers(GraphPass):
             _insert(graph_module, observation)
         for observation in plan:
             _insert_importances(graph_module, observation)
+        graph_module.meta[CONFIG_KEY] = config
         return modified or bool(plan)
 
 

@@ -13,7 +13,16 @@ from fxmse.observers import Observer, State, cover_ranges
 from fxmse.passes.base import get_attribute
 from fxmse.passes.weight_view import WeightView
 
-__all__ = ["Probe", "find_importances", "find_probe", "find_probes", "finish_weights", "observe_weights", "skip_probes"]
+__all__ = [
+    "Probe",
+    "find_importances",
+    "find_probe",
+    "find_probes",
+    "find_weights",
+    "finish_weights",
+    "observe_weights",
+    "skip_probes",
+]
 
 
 class Probe(nn.Module):
@@ -40,6 +49,7 @@ class Probe(nn.Module):
         self.sites = sites
         self.view = view
         self.global_group = global_group
+        self.given: dict[str, Tensor | None] | None = None  # qparams that take the place of the observer's
         self._version_seen: tuple[int, int] | None = None
         if observer:
             observer.name = self.name
@@ -57,7 +67,7 @@ class Probe(nn.Module):
     @property
     def has_statistics(self) -> bool:
         """Whether all that can be observed has been seen."""
-        return self.observer is None or self.observer.has_statistics
+        return self.observer is None or self.given is not None or self.observer.has_statistics
 
     @property
     def state(self) -> State:
@@ -76,7 +86,7 @@ class Probe(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """Returns ``value`` as it is."""
-        if self.waits_for_importance or (self.is_weight and self._is_known(value)):
+        if self.given is not None or self.waits_for_importance or (self.is_weight and self._is_known(value)):
             return value
         try:
             if self.observer:
@@ -137,7 +147,7 @@ def skip_probes(graph_module: GraphModule, value: object) -> object:
 
 def observe_weights(graph_module: GraphModule) -> None:
     """Shows the weights' observers their weights, as running the graph would; known weights cost nothing."""
-    for probe, rows in _find_weights(graph_module).items():
+    for probe, rows in find_weights(graph_module).items():
         probe(rows)
 
 
@@ -147,7 +157,7 @@ def finish_weights(graph_module: GraphModule) -> None:
     Raises:
         ValueError: an observer that needs importance and is strict about it.
     """
-    weights = _find_weights(graph_module)
+    weights = {probe: rows for probe, rows in find_weights(graph_module).items() if probe.given is None}
     groups: defaultdict[str, list[Probe]] = defaultdict(list)
     for probe, rows in weights.items():
         assert probe.observer
@@ -167,7 +177,7 @@ def finish_weights(graph_module: GraphModule) -> None:
                 observer.state = observer.update_with_global(State(), weights[probe], shared)
 
 
-def _find_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
+def find_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
     """The rows that each weight's probe looks at."""
     weights = {}
     for node, probe in find_probes(graph_module):

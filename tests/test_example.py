@@ -1,5 +1,7 @@
 """The example on real weights and text: its figures, and one graph a scheme over all layers and batches."""
 
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,3 +62,20 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     assert printed.count("int8 asymmetric tensor") == 25
     assert "in a new process it gives equal outputs" in printed
     assert out.stat().st_size > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("int8_kernels", 0.98),
+        ("save_checkpoint", 0.9999),
+        ("export_program", 0.999),
+        ("calibrate_by_compiling", 0.98),
+    ],
+)
+def test_the_short_examples_run(name, least, tmp_path):
+    script = Path(example.__file__).with_name(f"{name}.py")
+    code = script.read_text().partition('"""\n\n')[2].splitlines()
+    assert len([line for line in code if line.strip() and not line.startswith(("import", "from"))]) <= 15
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert least <= float(re.search(r"cosine to the .*: (.*)", done.stdout)[1]) < 1 + 1e-4

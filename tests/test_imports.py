@@ -31,11 +31,18 @@ ORDER = (
     "fxmse.passes.functionalize_modules",
     "fxmse.passes.insert_observers",
     "fxmse.passes.fold_fake_quant",
+    "fxmse.passes.lower_to_qdq",
     "fxmse.passes",
     "fxmse.capture",
     "fxmse.pipeline",
+    "fxmse.calibration",
     "fxmse.reporting",
+    "fxmse.files",
+    "fxmse.checkpoint",
+    "fxmse.exporting",
+    "fxmse.data",
     "fxmse",
+    "fxmse.cli",
 )
 
 

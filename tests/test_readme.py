@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from architectures import ARCHITECTURES
 
@@ -12,8 +13,10 @@ from fxmse.observers import Observer
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # torch's own, of freezing
 def test_the_examples_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    ARCHITECTURES["Llama"].make_model().save_pretrained("llama")
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, namespace)

@@ -1,0 +1,249 @@
+"""torch.compile as the calibration step: a backend that observes, and runs the quantized graph once it is folded."""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxmse.capture import copy_graph_module
+from fxmse.config import Config, NothingMatchedError, resolve_config
+from fxmse.importance import Importance
+from fxmse.passes import FoldFakeQuant, InsertObservers
+from fxmse.passes.base import make_container
+from fxmse.passes.probe import Probe, find_importances, find_probes, observe_weights
+from fxmse.pipeline import observe_or_roll_back
+
+__all__ = ["Calibration"]
+
+# How Dynamo writes where a parameter of a module is: L['self']._modules['fc']._parameters['weight'].
+_PARAMETER = re.compile(r"(.*?)((?:\._modules\['[^']+'\])*)\._parameters\['([^']+)'\]")
+_MODULE = re.compile(r"\._modules\['([^']+)'\]")
+_QPARAMS = ("_scale", "_zero_point")
+
+
+class Calibration:
+    """A torch.compile backend that calibrates.
+
+    ::
+
+        calibration = fxmse.Calibration("W8A8")
+        step = torch.compile(model, backend=calibration)
+        for batch in batches:
+            step(batch)  # the model's own outputs; values are observed
+        calibration.fold()
+        step(batch)  # the quantized model, compiled by Inductor
+        calibration.qparams["fc.weight_scale"]
+
+    Each graph that Dynamo makes (one for each part between graph breaks, one more for shapes it has to compile anew)
+    gets observers; a value that several graphs hold is observed by one. Parameters that Dynamo lifts to inputs are
+    recognised as weights, and values are named after the modules that Dynamo traced them from. Gradients pass straight
+    through the quantized model.
+
+    Args:
+        config: as :func:`fxmse.prepare` takes it. Graphs that it matches nothing of stay as they are.
+        model: the model whose names count. Needed where a graph breaks inside of a submodule, whose part Dynamo traces
+            as a model of its own.
+
+    Raises:
+        ValueError: a config that is none. While ``step`` runs: NaN or Inf (what was observed before is kept), and a
+            second model under one calibration.
+    """
+
+    def __init__(self, config: Config, model: nn.Module | None = None) -> None:
+        self._config = resolve_config(config)
+        self._model = model  # as long as it is held, no other parameter has the id of one of its own
+        self._names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        self._graphs: list[_Graph] = []
+        self._probes: dict[str, Probe] = {}
+        self._parameters: dict[str, Tensor] = {}
+        self._nothing_matched: NothingMatchedError | None = None
+        self._is_folded = False
+
+    def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """What Dynamo runs in place of a graph."""
+        observed = copy_graph_module(graph_module)
+        bound = self._bind_parameters(observed, example_inputs)
+        try:
+            InsertObservers(self._config)(observed)
+        except NothingMatchedError as error:
+            self._nothing_matched = error
+            return _Plain(graph_module, self).run
+        self._share_probes(observed)
+        graph = _Graph(observed, bound)
+        self._graphs.append(graph)
+        if self._is_folded:
+            graph.fold()
+        return graph.run
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether ``step`` runs the quantized model."""
+        return self._is_folded
+
+    def fold(self) -> None:
+        """Ends the calibration: from now on ``step`` runs the quantized graphs.
+
+        Raises:
+            ValueError: nothing was run yet, the config matched nothing in any graph, or values were never seen (all
+                are named); the calibration can go on.
+        """
+        if self._is_folded:
+            return
+        if not self._graphs:
+            if self._nothing_matched:
+                raise self._nothing_matched
+            raise ValueError("no graph was calibrated: run the compiled model on sample data before fold()")
+        for graph in self._graphs:
+            graph.fold()
+        self._is_folded = True
+
+    @property
+    def qparams(self) -> dict[str, Tensor]:
+        """Scales, zero points and global scales, by compressed-tensors' names: ``fc.weight_scale``.
+
+        Raises:
+            ValueError: before :meth:`fold`.
+        """
+        if not self._is_folded:
+            raise ValueError("the calibration goes on: call fold() first")
+        return {
+            name: buffer
+            for graph in self._graphs
+            for name, buffer in graph.quantized.named_buffers()
+            if name.endswith(_QPARAMS)
+        }
+
+    def _bind_parameters(
+        self, graph_module: GraphModule, example_inputs: Sequence[Any]
+    ) -> dict[int, tuple[str, Tensor]]:
+        """Puts get_attr nodes in place of lifted parameters, and paths from the model's root on nodes.
+
+        Returns:
+            the name of each such parameter and the parameter, by its place among the inputs.
+        """
+        bound: dict[int, tuple[str, Tensor]] = {}
+        prefixes: dict[str, str] = {}  # of each root that Dynamo saw, its path in the model
+        placeholders = graph_module.graph.find_nodes(op="placeholder")
+        for place, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
+            source = getattr(node.meta.get("grapharg"), "source", None)
+            match = _PARAMETER.fullmatch(source.name) if source is not None else None
+            if not match or not isinstance(value, nn.Parameter):
+                continue
+            root, modules, leaf = match.groups()
+            relative = ".".join([*_MODULE.findall(modules), leaf])
+            if self._model is None and "___stack" in root:
+                raise ValueError(
+                    f"the graph breaks inside of a submodule, so that the full name of {relative} is unknown: pass the "
+                    "model, Calibration(config, model)"
+                )
+            name = self._find_name(value, relative)
+            if name.endswith(relative):
+                prefixes.setdefault(root, name.removesuffix(relative))
+            container, _, leaf = name.rpartition(".")
+            make_container(graph_module, container).register_parameter(leaf, value)
+            with graph_module.graph.inserting_before(node):
+                parameter = graph_module.graph.get_attr(name)
+            parameter.meta = {key: node.meta[key] for key in ("val", "example_value") if key in node.meta}
+            node.replace_all_uses_with(parameter)
+            bound[place] = name, value
+        for node in graph_module.graph.nodes:
+            if stack := node.meta.get("nn_module_stack"):
+                node.meta["nn_module_stack"] = {
+                    key: (_make_absolute(path, prefixes), module_class) for key, (path, module_class) in stack.items()
+                }
+        return bound
+
+    def _find_name(self, parameter: Tensor, relative: str) -> str:
+        """A parameter's name, which is that of one parameter alone."""
+        if self._model is not None:
+            if id(parameter) not in self._names:
+                raise ValueError(
+                    f"{relative} is no parameter of the model that this Calibration was made for: make one for each "
+                    "model"
+                )
+            return self._names[id(parameter)]
+        known = self._parameters.setdefault(relative, parameter)
+        if known is not parameter:
+            raise ValueError(
+                f"two parameters are called {relative}: this is a second model, which needs a Calibration of its own, "
+                "or a submodule in which the graph breaks; then pass the model, Calibration(config, model)"
+            )
+        return relative
+
+    def _share_probes(self, observed: GraphModule) -> None:
+        """Has a value that an earlier graph holds, too, be observed by that one's observer."""
+        for node, probe in find_probes(observed):
+            known = self._probes.setdefault(f"{probe.name} {probe.sites[0].args}", probe)
+            if known is not probe:
+                observed.set_submodule(str(node.target), known)
+
+
+def _make_absolute(path: str, prefixes: dict[str, str]) -> str:
+    """``L['self'].layers.0`` as the path from the model's root."""
+    for root, prefix in prefixes.items():
+        if path == root:
+            return prefix.rstrip(".")
+        if path.startswith(f"{root}."):
+            return prefix + path[len(root) + 1 :]
+    return re.sub(r"^[LG]\['\w+'\]\.?", "", path)
+
+
+class _Plain:
+    """A graph that nothing is quantized in; compiled once the others are."""
+
+    def __init__(self, graph_module: GraphModule, calibration: Calibration) -> None:
+        self._graph_module, self._calibration = graph_module, calibration
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        return torch.compile(self._graph_module)
+
+    def run(self, *inputs: Any) -> Any:
+        """Dynamo calls this."""
+        return (self._compiled if self._calibration.is_folded else self._graph_module)(*inputs)
+
+
+class _Graph:
+    """A graph that is observed, and quantized once it is folded."""
+
+    def __init__(self, observed: GraphModule, bound: dict[int, tuple[str, Tensor]]) -> None:
+        self._observed, self._bound = observed, bound
+        self._num_batches = 0
+        self._compiled: Callable[..., Any] | None = None
+        self.quantized = observed
+
+    def run(self, *inputs: Any) -> Any:
+        """Dynamo calls this."""
+        for place, (name, parameter) in self._bound.items():
+            if inputs[place] is not parameter:
+                raise ValueError(
+                    f"{name} is not the parameter that was calibrated: a second model needs a Calibration of its own, "
+                    "and so does one whose parameters were replaced"
+                )
+        if self._compiled is not None:
+            return self._compiled(*inputs)
+        self._num_batches += 1
+        watchers: dict[str, Probe | Importance] = {probe.name: probe for _, probe in find_probes(self._observed)}
+        watchers |= {str(node.target): importance for node, importance in find_importances(self._observed)}
+        outputs = None
+
+        def observe() -> None:
+            nonlocal outputs
+            with torch.no_grad():
+                observe_weights(self._observed)
+            outputs = self._observed(*inputs)
+
+        observe_or_roll_back(watchers, f"batch {self._num_batches}", observe)
+        return outputs
+
+    def fold(self) -> None:
+        """Has :meth:`run` run the quantized graph."""
+        if self._compiled is None:
+            self.quantized = copy_graph_module(self._observed)
+            with torch.no_grad():
+                FoldFakeQuant()(self.quantized)
+            self._compiled = torch.compile(self.quantized)

@@ -1,0 +1,124 @@
+"""Calibration data from files: batches of tensors, texts, images."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["read_batches"]
+
+Batch = Any
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def read_batches(path: Path, *, batch_size: int, max_length: int, model_folder: Path | None = None) -> list[Batch]:
+    """The batches that a file or folder holds.
+
+    Args:
+        path: a .safetensors file of inputs by name, each with its samples in the first dimension; a .pt file of such a
+            dict, or of a list of batches (dicts, tuples or tensors); a .txt file, a text a line; a .jsonl file of
+            strings or of objects with a "text"; or a folder of images.
+        batch_size: samples a batch, where the file does not say.
+        max_length: tokens at most of a text.
+        model_folder: where the tokenizer of texts or the processor of images is; None if there is none.
+
+    Raises:
+        ValueError: a file that cannot be read as that, or holds nothing.
+    """
+    if path.is_dir():
+        batches = list(_read_images(path, batch_size, model_folder))
+    elif path.suffix in (".txt", ".jsonl"):
+        batches = list(_read_texts(path, batch_size, max_length, model_folder))
+    elif path.suffix in (".safetensors", ".pt"):
+        batches = list(_read_tensors(path, batch_size))
+    else:
+        raise ValueError(f"{path}: expected a .safetensors, .pt, .txt or .jsonl file, or a folder of images")
+    if not batches:
+        raise ValueError(f"{path} holds no samples")
+    return batches
+
+
+def _read_tensors(path: Path, batch_size: int) -> Iterator[Batch]:
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    except Exception as error:  # torch.load's unpickler and zip reader raise many
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} cannot be read as tensors alone (torch.load, weights_only): {reason}") from None
+    if isinstance(content, list):
+        for batch in content:
+            if not all(isinstance(leaf, Tensor | int | float | bool | None) for leaf in tree_leaves(batch)):
+                raise ValueError(f"{path}: expected batches of tensors")
+        yield from content
+        return
+    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) and t.dim() for t in content.values()):
+        raise ValueError(f"{path} holds a {type(content).__name__}: expected a dict of tensors or a list of batches")
+    sizes = {name: len(tensor) for name, tensor in content.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{path}: expected as many samples of each input, found {sizes}")
+    for start in range(0, min(sizes.values(), default=0), batch_size):
+        yield {name: tensor[start : start + batch_size] for name, tensor in content.items()}
+
+
+def _read_texts(path: Path, batch_size: int, max_length: int, model_folder: Path | None) -> Iterator[Batch]:
+    if model_folder is None:
+        raise ValueError(f"{path} holds texts, and a .pt2 has no tokenizer: pass tensors (.safetensors, .pt)")
+    texts = list(_read_lines(path))
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model_folder} has no tokenizer for the texts of {path}: {error}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for start in range(0, len(texts), batch_size):
+        some = texts[start : start + batch_size]
+        yield dict(tokenizer(some, padding=True, truncation=True, max_length=max_length, return_tensors="pt"))
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix == ".txt":
+            yield line
+            continue
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {error}") from None
+        text = content.get("text") if isinstance(content, Mapping) else content
+        if not isinstance(text, str):
+            raise ValueError(f'{path}, line {number}: expected a string, or an object with a "text"')
+        yield text
+
+
+def _read_images(folder: Path, batch_size: int, model_folder: Path | None) -> Iterator[Batch]:
+    if model_folder is None:
+        raise ValueError(f"{folder} holds images, and a .pt2 has no processor: pass tensors (.safetensors, .pt)")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGES)
+    try:
+        from PIL import Image
+
+        # transformers itself offers it only where torchvision is installed, which not all processors need.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(model_folder, local_files_only=True)
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(f"{model_folder} has no processor for the images of {folder}: {error}") from None
+    for start in range(0, len(files), batch_size):
+        images = [Image.open(file).convert("RGB") for file in files[start : start + batch_size]]
+        yield dict(processor(images, return_tensors="pt"))

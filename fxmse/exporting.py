@@ -1,0 +1,103 @@
+"""Quantized graphs as torch.export programs, and .pt2 files that hold no code."""
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from fxmse.capture import let_vary, split_inputs
+from fxmse.files import replace_file
+from fxmse.ops import DECOMPOSITIONS
+
+__all__ = ["export", "load_program", "save_program"]
+
+_TENSOR_FOLDERS = ("data/weights/", "data/constants/")
+_OBJECT_PREFIXES = ("custom_obj_", "opaque_obj_")
+
+
+def export(
+    quantized: GraphModule, example_inputs: Any, *, dynamic_shapes: Any = None, decompose: bool = False
+) -> ExportedProgram:
+    """A quantized graph as a program for ``torch.export.save``, AOTInductor and everything else that takes one.
+
+    Args:
+        quantized: a graph from ``fxmse.convert``.
+        example_inputs: a dict of keyword arguments, a tuple of positional ones, or a tensor.
+        dynamic_shapes: as torch.export takes it; by default every dimension may vary that could in the graph.
+        decompose: whether fake-quantize nodes become the arithmetic they stand for, so that a process that loads the
+            program needs torch alone. Otherwise it imports ``fxmse.ops`` first, and finds one node a site.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    if dynamic_shapes is None:
+        dynamic_shapes = let_vary(args, kwargs)
+    program = torch.export.export(quantized, args, kwargs, dynamic_shapes=dynamic_shapes)
+    return program.run_decompositions(DECOMPOSITIONS) if decompose else program
+
+
+def save_program(
+    program: ExportedProgram, path: str | os.PathLike[str], extra_files: Mapping[str, str] | None = None
+) -> None:
+    """``torch.export.save``, of which ``path`` is there whole or not at all."""
+    with replace_file(Path(path)) as new:
+        torch.export.save(program, new, extra_files=dict(extra_files or {}))
+
+
+def load_program(path: str | os.PathLike[str]) -> tuple[ExportedProgram, dict[str, str]]:
+    """``torch.export.load`` of a file that is known to hold tensors and no pickled code; and its extra files.
+
+    Raises:
+        ValueError: a file that is cut off, no program, or one that loading would run code of.
+    """
+    _check_archive(Path(path))
+    extra_files: dict[str, Any] = {"": ""}  # torch.export.load fills no empty dict
+    try:
+        program = torch.export.load(path, extra_files=extra_files)
+    except Exception as error:  # whatever its deserialiser stumbles over
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} is no program that torch.export {torch.__version__} can load: {reason}") from error
+    return program, {name: _decode(content) for name, content in extra_files.items() if name}
+
+
+def _decode(content: str | bytes) -> str:
+    return content.decode() if isinstance(content, bytes) else content
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError where torch.export.load would unpickle more than tensors."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{path} is damaged: {damaged} does not have its checksum")
+            files = {name.partition("/")[2]: name for name in archive.namelist()}
+            if not any(name.startswith("models/") for name in files):
+                raise ValueError(f"{path} is no .pt2 of torch.export: it holds {', '.join(list(files)[:3])}, ...")
+            for name, full_name in files.items():
+                _check_member(path, name, lambda full_name=full_name: archive.read(full_name))
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as a .pt2: {error}") from None
+
+
+def _check_member(path: Path, name: str, read: Any) -> None:
+    is_code = False
+    if name.startswith(_TENSOR_FOLDERS) and name.endswith(".json"):
+        entries = json.loads(read())["config"].values()
+        is_code = any(e["use_pickle"] or e["path_name"].startswith(_OBJECT_PREFIXES) for e in entries)
+    elif name.startswith(_TENSOR_FOLDERS) and name.endswith(".pt"):
+        is_code = True  # a legacy form, unpickled as it is
+    elif name.startswith("data/sample_inputs/"):
+        try:
+            torch.load(io.BytesIO(read()), weights_only=True)
+        except Exception:
+            is_code = True
+    if is_code:
+        raise ValueError(
+            f"{path} has pickled objects in {name}, which may run code when they are loaded: export the model again, "
+            "with tensors alone"
+        )

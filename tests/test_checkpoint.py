@@ -1,0 +1,264 @@
+"""Checkpoints as transformers loads them, in a process that knows nothing of fxmse, and qparams read back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES
+from cases import make_args
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import fxmse
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import quantize_minilm as example
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:targets and ignores that matched no module"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
+W8A8_STATIC = QuantizationScheme(
+    targets=["Linear"], weights=make_args(8, strategy="channel"), input_activations=make_args(8, symmetric=False)
+)
+PRESETS = ("W8A8", "W4A16", "W4A16_ASYM", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4")
+CONFIGS = {
+    "W8A8 static": QuantizationConfig(config_groups={"group": W8A8_STATIC}, ignore=["lm_head"]),
+    **{
+        name: QuantizationConfig(config_groups={"group": preset_name_to_scheme(name, ["Linear"])}, ignore=["lm_head"])
+        for name in PRESETS
+    },
+    "mixed": QuantizationConfig(
+        config_groups={
+            "mlp": preset_name_to_scheme("W4A16", ["re:.*mlp.*"]),
+            "attention": preset_name_to_scheme("FP8", ["re:.*self_attn.*"]),
+        }
+    ),
+    "kv cache": QuantizationConfig(
+        config_groups={"FP8": ["Linear"]}, kv_cache_scheme=make_args(8, "float"), ignore=["lm_head"]
+    ),
+}
+# compressed-tensors decompresses fp4 to bfloat16, whatever the model's dtype.
+IN_BFLOAT16 = ("NVFP4", "NVFP4A16", "MXFP4")
+LOAD = """
+import sys, torch, transformers
+folder, model_class, inputs, outputs = sys.argv[1:]
+found = {}
+for name, batch in torch.load(inputs).items():
+    model = getattr(transformers, model_class).from_pretrained(f"{folder}/{name}", dtype="auto")
+    with torch.no_grad():
+        found[name] = model(**batch)[0]
+torch.save(found, outputs)
+assert "fxmse" not in sys.modules
+"""
+
+
+def make_llama(folder, dtype):
+    """The model as transformers loads it: what it keeps in float32 (rotary frequencies) is."""
+    ARCHITECTURES["Llama"].make_model().save_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def make_inputs(seed):
+    return ARCHITECTURES["Llama"].make_inputs(2, seed)
+
+
+def export(model, inputs):
+    return torch.export.export(model, (), inputs, dynamic_shapes={name: {0: torch.export.Dim.AUTO} for name in inputs})
+
+
+def load_in_new_process(folder, model_class, batches, tmp_path):
+    torch.save(batches, tmp_path / "inputs.pt")
+    command = [sys.executable, "-c", LOAD, str(folder), model_class, str(tmp_path / "inputs.pt")]
+    subprocess.run([*command, str(tmp_path / "outputs.pt")], check=True, capture_output=True)
+    return torch.load(tmp_path / "outputs.pt")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """The float model and its program in both dtypes."""
+    folder = tmp_path_factory.mktemp("llama")
+    models = {dtype: make_llama(folder, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return {dtype: (model, export(model, make_inputs(0))) for dtype, model in models.items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(llama, tmp_path_factory):
+    """A folder with a checkpoint of each config, the folded graphs, and what transformers computes."""
+    folder, graphs = tmp_path_factory.mktemp("checkpoints"), {}
+    with torch.no_grad():
+        for name, config in CONFIGS.items():
+            model, program = llama[torch.bfloat16 if name in IN_BFLOAT16 else torch.float32]
+            graphs[name] = fxmse.quantize(program, config, [make_inputs(1), make_inputs(2)], progress=False)
+            fxmse.save_pretrained(graphs[name], model, folder / name)
+    batches = dict.fromkeys(CONFIGS, make_inputs(3))
+    loaded = load_in_new_process(folder, "AutoModelForCausalLM", batches, tmp_path_factory.mktemp("outputs"))
+    return folder, graphs, loaded
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_transformers_computes_what_the_folded_graph_does(llama, checkpoints, name):
+    _, graphs, loaded = checkpoints
+    model, _ = llama[torch.bfloat16 if name in IN_BFLOAT16 else torch.float32]
+    expected = graphs[name](**make_inputs(3))[0]
+    torch.testing.assert_close(loaded[name], expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert not torch.allclose(model(**make_inputs(3))[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_a_checkpoint_is_a_graph_again(llama, checkpoints, name):
+    folder, graphs, _ = checkpoints
+    _, program = llama[torch.bfloat16 if name in IN_BFLOAT16 else torch.float32]
+    observed = fxmse.prepare(program, folder / name / "config.json")
+    assert fxmse.load_qparams(observed, folder / name) is observed
+    assert torch.equal(fxmse.convert(observed)(**make_inputs(3))[0], graphs[name](**make_inputs(3))[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "weight"),
+    [
+        ("W8A8 static", "int-quantized", torch.int8),
+        ("W4A16", "pack-quantized", torch.int32),
+        ("FP8", "float-quantized", torch.float8_e4m3fn),
+        ("NVFP4", "nvfp4-pack-quantized", torch.uint8),
+        ("MXFP4", "mxfp4-pack-quantized", torch.uint8),
+        ("mixed", "mixed-precision", torch.int32),
+    ],
+)
+def test_weights_are_compressed_as_their_format_says(checkpoints, name, format, weight):
+    folder, _, _ = checkpoints
+    config = json.loads((folder / name / "config.json").read_text())["quantization_config"]
+    assert config["format"] == format
+    assert config["quantization_status"] == "compressed"
+    tensors = load_file(folder / name / "model.safetensors")
+    up = {key.rpartition(".")[2]: t for key, t in tensors.items() if "layers.0.mlp.up_proj" in key}
+    assert up["weight_packed" if "weight_packed" in up else "weight"].dtype == weight
+
+
+@torch.no_grad()
+def test_minilm_with_its_tokenizer(tmp_path):
+    source = example.find_model_folder()
+    model = example.AutoModel.from_pretrained(source).eval()
+    batches = example.load_batches(source, 3)
+    quantized = fxmse.quantize(example.export(model, batches[0]), example.CONFIG, batches[:2], progress=False)
+    fxmse.save_pretrained(quantized, model, tmp_path / "minilm")
+    loaded = load_in_new_process(tmp_path, "AutoModel", {"minilm": batches[2]}, tmp_path)["minilm"]
+    torch.testing.assert_close(loaded, quantized(**batches[2])[0], rtol=1e-4, atol=1e-4)
+    tokenizer = example.AutoTokenizer.from_pretrained(tmp_path / "minilm")
+    assert tokenizer("a word")["input_ids"] == example.AutoTokenizer.from_pretrained(source)("a word")["input_ids"]
+
+
+def test_the_float_model_is_not_changed(llama, checkpoints):
+    model, _ = llama[torch.float32]
+    assert not any("scale" in name for name, _ in model.named_parameters())
+    assert type(model.model.layers[0].mlp.up_proj.forward.__func__) is type(nn.Linear.forward)
+    assert not hasattr(model.model.layers[0].mlp.up_proj, "quantization_scheme")
+
+
+def test_what_has_no_place_is_named(tmp_path):
+    architecture = ARCHITECTURES["Mixtral"]
+    model, inputs = architecture.make_model(), architecture.make_inputs(2, 0)
+    config = {"config_groups": {"W4A16": ["re:.*experts$"]}}
+    quantized = fxmse.quantize(export(model, inputs), config, progress=False)
+    with pytest.raises(ValueError, match=r"no place for .*experts.gate_up_proj_weight.*Leave these out of the config"):
+        fxmse.save_pretrained(quantized, model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_kind_of_model_or_graph_is_refused(llama, tmp_path):
+    model, program = llama[torch.float32]
+    with pytest.raises(ValueError, match=r"model is a Linear: expected a transformers.PreTrainedModel"):
+        fxmse.save_pretrained(program.module(), nn.Linear(2, 2), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"no fake-quantize nodes that fxmse folded: make it with fxmse.convert"):
+        fxmse.save_pretrained(program.module(), model, tmp_path / "out")
+
+
+def test_fp4_of_a_float32_model_is_warned_of(llama, tmp_path):
+    model, program = llama[torch.float32]
+    quantized = fxmse.quantize(program, CONFIGS["NVFP4A16"], progress=False)
+    with pytest.warns(UserWarning, match="decompresses fp4 weights to bfloat16: load it with dtype=torch.bfloat16"):
+        fxmse.save_pretrained(quantized, model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_full_disk_leaves_what_was_there(llama, checkpoints, tmp_path, monkeypatch, exists):
+    _, graphs, _ = checkpoints
+    if exists:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "old").write_text("old")
+
+    def fail(self, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ModelCompressor, "update_config", fail)
+    with pytest.raises(OSError, match="No space left"):
+        fxmse.save_pretrained(graphs["FP8"], llama[torch.float32][0], tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == (["out", "old"] if exists else [])
+    monkeypatch.undo()
+    fxmse.save_pretrained(graphs["FP8"], llama[torch.float32][0], tmp_path / "out")
+    assert not (tmp_path / "out" / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def copy_with(folder, tmp_path, change):
+    """A checkpoint whose tensors ``change`` has changed."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def remove_scale(tensors):
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+
+
+def cut_scale(tensors):
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def change_one_input(tensors):
+    tensors["model.layers.0.self_attn.k_proj.input_scale"] *= 2
+
+
+def add_scale(tensors):
+    tensors["lm_head.weight_scale"] = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove_scale, r"there is no model.layers.0.mlp.up_proj.weight_scale"),
+        (cut_scale, r"up_proj.*(decompressed|has shape)"),
+        (change_one_input, r"self_attn.q_proj.input_scale, .*k_proj.input_scale, .*differ, but are of one value"),
+        (add_scale, r"the checkpoint quantizes lm_head.weight, which the graph does not observe"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(llama, checkpoints, tmp_path, change, message):
+    folder, _, _ = checkpoints
+    _, program = llama[torch.float32]
+    observed = fxmse.prepare(program, CONFIGS["W8A8 static"])
+    with pytest.raises(ValueError, match=message):
+        fxmse.load_qparams(observed, copy_with(folder / "W8A8 static", tmp_path, change))
+    with pytest.raises(ValueError, match="nothing was seen by"):
+        fxmse.convert(observed)
+
+
+def test_a_truncated_or_missing_file_is_refused(llama, checkpoints, tmp_path):
+    folder, _, _ = checkpoints
+    observed = fxmse.prepare(llama[torch.float32][1], CONFIGS["FP8"])
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint of safetensors"):
+        fxmse.load_qparams(observed, tmp_path)
+    whole = (folder / "FP8" / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint of safetensors"):
+        fxmse.load_qparams(observed, tmp_path)

@@ -1,0 +1,157 @@
+"""int8 fake-quantize nodes as pairs that Inductor's int8 kernels take."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from cases import NVFP4, make_args
+from compressed_tensors.quantization.lifecycle.forward import quantize
+from expecttest import Expect
+from models import FRONT_ENDS, W8A8, Attention, Convolutions, make_config, make_front_ends
+from printing import print_graph
+from torch import nn
+from torch._dynamo.utils import counters
+
+import fxmse
+from fxmse.capture import copy_graph_module
+from fxmse.ops import is_fake_quantize
+from fxmse.passes import LowerToQDQ
+
+INPUTS = {"num_bits": 8, "symmetric": False}
+CONVOLUTIONS = make_config("Linear", "Conv1d", "Conv2d", "Conv3d", inputs=INPUTS)
+BF16 = torch.bfloat16
+
+
+def make_mlp(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16, bias=False)).to(dtype).eval()
+
+
+def quantize_mlp(config, dtype=torch.float32):
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return fxmse.quantize(make_mlp(dtype), config, [x], progress=False), x
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize(("model_class", "config"), [(Attention, W8A8), (Convolutions, CONVOLUTIONS)])
+@torch.no_grad()
+def test_lowered_graph_computes_what_the_folded_one_does(model_class, config, front_end):
+    inputs = model_class.make_inputs()
+    source, example = make_front_ends(model_class().eval(), inputs)[front_end]
+    observed = fxmse.prepare(source, config, example)
+    quantized = fxmse.convert(fxmse.calibrate(observed, [(inputs,)], progress=False))
+    lowered = copy_graph_module(quantized)
+    result = LowerToQDQ()(lowered)
+    assert result.modified
+    assert result.graph_module is lowered
+    assert not any(is_fake_quantize(node) for node in lowered.graph.nodes)
+    before = print_graph(lowered)
+    assert not LowerToQDQ()(lowered).modified
+    assert print_graph(lowered) == before
+    more = model_class.make_inputs(5, seed=2)
+    # Half-way cases may go the other way; there are none among these.
+    torch.testing.assert_close(lowered(more), quantized(more), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_golden():
+    quantized = fxmse.quantize(Attention().eval(), W8A8, [Attention.make_inputs()], progress=False)
+    LowerToQDQ()(quantized)
+    Expect("""\
+tokens = input
+embedding = aten.embedding(self.head.weight, tokens)
+dequantize_per_channel_default = quantized_decomposed.dequantize_per_channel(self.query.weight_quantized, self.query.weight_channel_scale, self.query.weight_channel_zero_point, 0, -128, 127, torch.int8)
+quantize_per_tensor_default = quantized_decomposed.quantize_per_tensor(embedding, SCALE, 111, 0, 255, torch.uint8)
+dequantize_per_tensor_default_1 = quantized_decomposed.dequantize_per_tensor(quantize_per_tensor_default, SCALE, 111, 0, 255, torch.uint8)
+linear = aten.linear(dequantize_per_tensor_default_1, dequantize_per_channel_default, self.query.bias)
+dequantize_per_channel_default_1 = quantized_decomposed.dequantize_per_channel(self.key.weight_quantized, self.key.weight_channel_scale, self.key.weight_channel_zero_point, 0, -128, 127, torch.int8)
+dequantize_per_tensor_default = quantized_decomposed.dequantize_per_tensor(quantize_per_tensor_default, SCALE, 111, 0, 255, torch.uint8)
+linear_1 = aten.linear(dequantize_per_tensor_default, dequantize_per_channel_default_1)
+mul = aten.mul(linear, linear_1)
+dequantize_per_channel_default_2 = quantized_decomposed.dequantize_per_channel(self.head.weight_quantized, self.head.weight_channel_scale, self.head.weight_channel_zero_point, 0, -128, 127, torch.int8)
+quantize_per_tensor_default_1 = quantized_decomposed.quantize_per_tensor(mul, SCALE, 137, 0, 255, torch.uint8)
+dequantize_per_tensor_default_2 = quantized_decomposed.dequantize_per_tensor(quantize_per_tensor_default_1, SCALE, 137, 0, 255, torch.uint8)
+linear_2 = aten.linear(dequantize_per_tensor_default_2, dequantize_per_channel_default_2)
+return [linear_2]""").assert_expected(re.sub(r"\d\.\d+", "SCALE", print_graph(quantized)))
+
+
+def test_float_parameters_go_unless_something_else_reads_them():
+    quantized = fxmse.quantize(Attention().eval(), W8A8, [Attention.make_inputs()], progress=False)
+    weight = quantized.get_parameter("query.weight")
+    scale = quantized.get_buffer("query.weight_scale")
+    expected = quantize(weight.detach(), scale, None, make_args(8, strategy="channel"), dtype=torch.int8)
+    LowerToQDQ()(quantized)
+    state = quantized.state_dict()
+    assert "query.weight" not in state
+    assert "query.weight_scale" not in state
+    assert "query.input_scale" not in state
+    assert torch.equal(state["query.weight_quantized"], expected)
+    assert any(
+        tensor is not None and tensor.shape == (16, 8) and tensor.is_floating_point() for tensor in state.values()
+    )
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel"])
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@torch.no_grad()
+def test_formats_that_are_lowered(strategy, num_bits, dtype):
+    config = make_config(weights={"num_bits": num_bits, "strategy": strategy}, inputs=INPUTS)
+    quantized, x = quantize_mlp(config, dtype)
+    expected = quantized(x)
+    LowerToQDQ()(quantized)
+    assert not any(is_fake_quantize(node) for node in quantized.graph.nodes)
+    # In bfloat16 the folded graph rounds each product with a scale, where the pairs dequantize in float32.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(quantized(x), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (make_config(weights={"num_bits": 4, "strategy": "group", "group_size": 16}, inputs=INPUTS), "int4 group"),
+        (make_config(), "not every op that reads it multiplies it by an int8 activation"),
+        (make_config(weights={**INPUTS, "strategy": "channel"}, inputs=INPUTS), "asymmetric weight"),
+        (make_config(inputs={"num_bits": 6}), "activation of int6 tensor"),
+        (make_config(inputs={"num_bits": 8, "strategy": "token", "dynamic": True}), "dynamic"),
+        (make_config(weights={"num_bits": 8, "type": "float"}, inputs=INPUTS), "float8 tensor"),
+        (make_config(weights=NVFP4.model_dump(), inputs=INPUTS), "float4 tensor_group"),
+        (make_config("Embedding"), "not every op that reads it multiplies it by an int8 activation"),
+    ],
+)
+@torch.no_grad()
+def test_what_cannot_be_lowered_stays_and_is_listed(config, reason):
+    if "Embedding" in config.config_groups["group_0"].targets:
+        x = Attention.make_inputs()
+        quantized = fxmse.quantize(Attention().eval(), config, [x], progress=False)
+    else:
+        quantized, x = quantize_mlp(config)
+    expected = quantized(x)
+    with pytest.warns(UserWarning, match=r"not lowered to int8, still fake-quantized: .*") as caught:
+        LowerToQDQ()(quantized)
+    assert f"({reason})" in str(caught[0].message)
+    assert any(is_fake_quantize(node) for node in quantized.graph.nodes)
+    torch.testing.assert_close(quantized(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_float16_stays():
+    quantized, _ = quantize_mlp(W8A8, torch.float16)
+    with pytest.warns(UserWarning, match=r"0.weight \(torch.float16\)"):
+        assert not LowerToQDQ()(quantized).modified
+
+
+@torch.no_grad()
+def test_inductor_takes_the_pairs_for_its_int8_kernels():
+    # Of 7 bits, which multiply without saturating where a CPU has no VNNI.
+    quantized, x = quantize_mlp(make_config(weights={"num_bits": 7, "strategy": "channel"}, inputs=INPUTS))
+    expected = quantized(x)
+    LowerToQDQ()(quantized)
+    counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of freezing
+        with torch._inductor.config.patch(freezing=True):
+            found = torch.compile(quantized)(x)
+    assert counters["inductor"]["qlinear_weight_prepack_matcher_count"] == 2
+    # A step of the inputs' grid, where a value lies half-way between two.
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
