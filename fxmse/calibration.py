@@ -1,8 +1,7 @@
 """torch.compile as the calibration step: a backend that observes, and runs the quantized graph once it is folded."""
 
 import functools
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +11,13 @@ from torch.fx import GraphModule
 from fxmse.capture import copy_graph_module
 from fxmse.config import Config, NothingMatchedError, resolve_config
 from fxmse.importance import Importance
+from fxmse.lifted import Lifted, bind_parameters, find_lifted
 from fxmse.passes import FoldFakeQuant, InsertObservers
-from fxmse.passes.base import make_container
 from fxmse.passes.probe import Probe, find_importances, find_probes, observe_weights
 from fxmse.pipeline import observe_or_roll_back
 
 __all__ = ["Calibration"]
 
-# How Dynamo writes where a parameter of a module is: L['self']._modules['fc']._parameters['weight'].
-_PARAMETER = re.compile(r"(.*?)((?:\._modules\['[^']+'\])*)\._parameters\['([^']+)'\]")
-_MODULE = re.compile(r"\._modules\['([^']+)'\]")
 _QPARAMS = ("_scale", "_zero_point")
 
 
@@ -119,43 +115,23 @@ class Calibration:
 
     def _bind_parameters(
         self, graph_module: GraphModule, example_inputs: Sequence[Any]
-    ) -> dict[int, tuple[str, Tensor]]:
-        """Puts get_attr nodes in place of lifted parameters, and paths from the model's root on nodes.
+    ) -> dict[int, tuple[str, nn.Parameter]]:
+        """Puts get_attr nodes in place of lifted parameters.
 
         Returns:
             the name of each such parameter and the parameter, by its place among the inputs.
         """
-        bound: dict[int, tuple[str, Tensor]] = {}
-        prefixes: dict[str, str] = {}  # of each root that Dynamo saw, its path in the model
-        placeholders = graph_module.graph.find_nodes(op="placeholder")
-        for place, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
-            source = getattr(node.meta.get("grapharg"), "source", None)
-            match = _PARAMETER.fullmatch(source.name) if source is not None else None
-            if not match or not isinstance(value, nn.Parameter):
-                continue
-            root, modules, leaf = match.groups()
-            relative = ".".join([*_MODULE.findall(modules), leaf])
-            if self._model is None and "___stack" in root:
+        parameters: dict[Lifted, tuple[str, nn.Parameter]] = {}
+        for lifted in find_lifted(graph_module):
+            if self._model is None and "___stack" in lifted.root:
                 raise ValueError(
-                    f"the graph breaks inside of a submodule, so that the full name of {relative} is unknown: pass the "
-                    "model, Calibration(config, model)"
+                    f"the graph breaks inside of a submodule, so that the full name of {lifted.name} is unknown: pass "
+                    "the model, Calibration(config, model)"
                 )
-            name = self._find_name(value, relative)
-            if name.endswith(relative):
-                prefixes.setdefault(root, name.removesuffix(relative))
-            container, _, leaf = name.rpartition(".")
-            make_container(graph_module, container).register_parameter(leaf, value)
-            with graph_module.graph.inserting_before(node):
-                parameter = graph_module.graph.get_attr(name)
-            parameter.meta = {key: node.meta[key] for key in ("val", "example_value") if key in node.meta}
-            node.replace_all_uses_with(parameter)
-            bound[place] = name, value
-        for node in graph_module.graph.nodes:
-            if stack := node.meta.get("nn_module_stack"):
-                node.meta["nn_module_stack"] = {
-                    key: (_make_absolute(path, prefixes), module_class) for key, (path, module_class) in stack.items()
-                }
-        return bound
+            value = example_inputs[lifted.place]
+            parameters[lifted] = self._find_name(value, lifted.name), value
+        bind_parameters(graph_module, parameters)
+        return {lifted.place: named for lifted, named in parameters.items()}
 
     def _find_name(self, parameter: Tensor, relative: str) -> str:
         """A parameter's name, which is that of one parameter alone."""
@@ -182,16 +158,6 @@ class Calibration:
                 observed.set_submodule(str(node.target), known)
 
 
-def _make_absolute(path: str, prefixes: dict[str, str]) -> str:
-    """``L['self'].layers.0`` as the path from the model's root."""
-    for root, prefix in prefixes.items():
-        if path == root:
-            return prefix.rstrip(".")
-        if path.startswith(f"{root}."):
-            return prefix + path[len(root) + 1 :]
-    return re.sub(r"^[LG]\['\w+'\]\.?", "", path)
-
-
 class _Plain:
     """A graph that nothing is quantized in; compiled once the others are."""
 
@@ -210,7 +176,7 @@ class _Plain:
 class _Graph:
     """A graph that is observed, and quantized once it is folded."""
 
-    def __init__(self, observed: GraphModule, bound: dict[int, tuple[str, Tensor]]) -> None:
+    def __init__(self, observed: GraphModule, bound: Mapping[int, tuple[str, Tensor]]) -> None:
         self._observed, self._bound = observed, bound
         self._num_batches = 0
         self._compiled: Callable[..., Any] | None = None

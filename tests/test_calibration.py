@@ -8,6 +8,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import fxmse
+from fxmse.inductor import FakeQuantizePass
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 LINEAR_INPUTS = {"num_bits": 8, "symmetric": False}
@@ -203,3 +204,46 @@ def test_folding_too_early_or_nothing_is_an_error():
     assert torch.equal(torch.compile(model, backend=calibration)(batch), model(batch))
     with pytest.raises(ValueError, match=r"targets \['Conv2d'\].*matched nothing"):
         calibration.fold()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_a_pass_of_inductors_puts_in_what_was_calibrated(is_dynamic):
+    model, batches = make_mlp(), make_batches(5, 4)
+    expected = fxmse.quantize(model, W8A8, batches, progress=False)
+    fake_quantize = FakeQuantizePass(W8A8, get_qparams(expected))
+    with torch._inductor.config.patch(pre_grad_custom_pass=fake_quantize):
+        step = torch.compile(model, dynamic=is_dynamic)
+        for batch in make_batches(5, 9):
+            torch.testing.assert_close(step(batch), expected(batch), rtol=1e-4, atol=1e-4)
+            assert (step(batch) - model(batch)).abs().max() > 1e-4
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model)(batches[0]), model(batches[0]))
+
+
+def test_the_passes_uuid_is_of_the_config_and_every_qparam():
+    qparams = get_qparams(fxmse.quantize(make_mlp(), W8A8, make_batches(5), progress=False))
+    uuid = FakeQuantizePass(W8A8, qparams).uuid()
+    assert FakeQuantizePass(W8A8.model_copy(deep=True), dict(reversed(qparams.items()))).uuid() == uuid
+    changed = {**qparams, "0.input_scale": qparams["0.input_scale"] * (1 + 2**-20)}
+    assert FakeQuantizePass(W8A8, changed).uuid() != uuid
+    assert FakeQuantizePass(make_config(inputs={"num_bits": 8}), qparams).uuid() != uuid
+
+
+@torch.no_grad()
+def test_the_pass_names_what_it_has_no_qparams_of():
+    model, batch = make_mlp(), make_batches(5)[0]
+    qparams = get_qparams(fxmse.quantize(model, W8A8, [batch], progress=False))
+    del qparams["2.weight_scale"]
+    with (
+        torch._inductor.config.patch(pre_grad_custom_pass=FakeQuantizePass(W8A8, qparams)),
+        pytest.raises(BackendCompilerFailed, match=r"there are no qparams of 2.weight: calibrate this model"),
+    ):
+        torch.compile(model)(batch)
+
+
+@torch.no_grad()
+def test_the_pass_leaves_other_graphs_alone():
+    model, batch = make_mlp(), make_batches(5)[0]
+    with torch._inductor.config.patch(pre_grad_custom_pass=FakeQuantizePass(make_config("Conv2d"), {})):
+        torch.testing.assert_close(torch.compile(model)(batch), model(batch))
