@@ -72,7 +72,7 @@ class Calibration:
         graph = _Graph(observed, bound)
         self._graphs.append(graph)
         if self._is_folded:
-            graph.fold()
+            graph.replace(graph.make_quantized())
         return graph.run
 
     @property
@@ -93,8 +93,9 @@ class Calibration:
             if self._nothing_matched:
                 raise self._nothing_matched
             raise ValueError("no graph was calibrated: run the compiled model on sample data before fold()")
-        for graph in self._graphs:
-            graph.fold()
+        quantized = [graph.make_quantized() for graph in self._graphs]
+        for graph, graph_module in zip(self._graphs, quantized, strict=True):
+            graph.replace(graph_module)
         self._is_folded = True
 
     @property
@@ -206,10 +207,14 @@ class _Graph:
         observe_or_roll_back(watchers, f"batch {self._num_batches}", observe)
         return outputs
 
-    def fold(self) -> None:
+    @torch.no_grad()
+    def make_quantized(self) -> GraphModule:
+        """The graph with what its observers found."""
+        quantized = copy_graph_module(self._observed)
+        FoldFakeQuant()(quantized)
+        return quantized
+
+    def replace(self, quantized: GraphModule) -> None:
         """Has :meth:`run` run the quantized graph."""
-        if self._compiled is None:
-            self.quantized = copy_graph_module(self._observed)
-            with torch.no_grad():
-                FoldFakeQuant()(self.quantized)
-            self._compiled = torch.compile(self.quantized)
+        self.quantized = quantized
+        self._compiled = torch.compile(quantized)

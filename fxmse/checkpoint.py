@@ -26,7 +26,7 @@ from fxmse.passes.base import get_attribute
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.probe import Probe, find_probes, find_weights
 
-__all__ = ["load_qparams", "save_pretrained"]
+__all__ = ["check_replaceable", "load_qparams", "save_pretrained"]
 
 _KINDS = ("scale", "zero_point", "global_scale")
 _QPARAM_SUFFIXES = tuple(f"_{kind}" for kind in _KINDS)
@@ -62,12 +62,13 @@ def save_pretrained(
     Args:
         quantized: a folded graph of ``model``, from ``fxmse.convert``.
         model: the float model, a ``transformers.PreTrainedModel``; not changed, and its parameters are not copied.
-        path: the folder; one that exists is replaced once the new one is complete.
+        path: the folder; a quantized checkpoint that is there is replaced once the new one is complete.
         extra_files: the contents of more files for it, by name.
 
     Raises:
         ValueError: another kind of model; a graph that was not folded; values that such a checkpoint cannot hold
-            (weights of experts and convolutions, outputs of functions; all are named); shapes that do not fit.
+            (weights of experts and convolutions, outputs of functions; all are named; tied weights); shapes that do
+            not fit; a folder that holds something else than a quantized checkpoint.
         OSError: the folder cannot be written; what was there before still is.
     """
     from compressed_tensors.compressors import ModelCompressor
@@ -75,6 +76,7 @@ def save_pretrained(
 
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: expected a transformers.PreTrainedModel")
+    check_replaceable(Path(path))
     sites = _read_sites(quantized)
     config = quantized.meta.get(CONFIG_KEY)
     if not sites or config is None:
@@ -83,6 +85,7 @@ def save_pretrained(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matches nothing was named when observers were inserted
         apply_quantization_config(prepared, _ignore_untouched(config, prepared, sites), show_progress=False)
+    _check_untied(prepared, sites)
     _set_qparams(prepared, sites)
     compressor = ModelCompressor.from_pretrained_model(prepared)
     compressor.compress_model(prepared)
@@ -94,6 +97,28 @@ def save_pretrained(
             _copy_tokenizer(Path(model.name_or_path), folder)
         for name, content in (extra_files or {}).items():
             (folder / name).write_text(content)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises ValueError where saving would remove what it did not write, such as the float model."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    config = path / "config.json"
+    if not config.is_file() or "quantization_config" not in json.loads(config.read_text()):
+        raise ValueError(f"{path} exists and holds no quantized checkpoint: choose a new folder, or empty it")
+
+
+def _check_untied(model: nn.Module, sites: Mapping[str, object]) -> None:
+    """Raises ValueError for a weight that two modules share, which from_pretrained would tie again in float."""
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    for tied in names.values():
+        if len(tied) > 1 and any(name in sites for name in tied):
+            raise ValueError(
+                f"{' and '.join(tied)} are one tied parameter, of which a checkpoint cannot hold a quantized weight: "
+                "put the module on the ignore list, or untie them"
+            )
 
 
 def _read_sites(quantized: GraphModule) -> dict[str, dict[str, Tensor | None]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxmse.capture import split_inputs
-from fxmse.checkpoint import save_pretrained
+from fxmse.checkpoint import check_replaceable, save_pretrained
 from fxmse.data import read_batches
 from fxmse.exporting import export, load_program, save_program
 from fxmse.pipeline import calibrate, convert, prepare
@@ -148,6 +148,8 @@ def _check_paths(options: argparse.Namespace, is_program: bool) -> None:
         raise ValueError(f"--out {options.out} is a folder: expected a file")
     if not is_program and options.out.is_file():
         raise ValueError(f"--out {options.out} is a file: expected a folder, or a name that ends in .pt2")
+    if not is_program:
+        check_replaceable(options.out)
     parent = options.out.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--out {options.out}: {parent} is no folder that can be written")

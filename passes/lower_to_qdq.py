@@ -176,15 +176,14 @@ def _lower_weight(graph_module: GraphModule, node: Node) -> None:
     """Rule 2."""
     graph, rows_node, scale_node = graph_module.graph, node.args[0], node.args[1]
     rows, scale = _evaluate(graph_module, rows_node), _get_tensor(graph_module, scale_node)
-    num_bits = int(node.args[4])  # type: ignore[arg-type]
+    num_bits, num_channels = int(node.args[4]), len(rows)  # type: ignore[arg-type]
     args = QuantizationArgs(num_bits=num_bits, strategy=node.args[6])
     quantized = quantize(rows, scale, None, args, dtype=torch.int8)
     # A convolution's rows become its weight before they are dequantized: that is what Inductor looks for.
-    views = _list_reshapes(node)
+    views = _list_reshapes(node, num_channels)
     for view in views:
         quantized = view.target(quantized, *view.args[1:])  # type: ignore[operator]
     last = views[-1] if views else node
-    num_channels = len(rows)
     prefix = str(scale_node.target).removesuffix("_scale")  # type: ignore[union-attr]
     tensors = {
         f"{prefix}_quantized": quantized.contiguous(),
@@ -203,12 +202,12 @@ def _lower_weight(graph_module: GraphModule, node: Node) -> None:
     _erase_unread(graph_module, rows_node, scale_node)
 
 
-def _list_reshapes(node: Node) -> list[Node]:
-    """The reshapes that make a convolution's weight of its rows, one behind the other."""
+def _list_reshapes(node: Node, num_channels: int) -> list[Node]:
+    """The reshapes that make a convolution's weight of its rows, one behind the other; channels stay first."""
     users = list(node.users)
-    if len(users) != 1 or users[0].target is not torch.reshape:
+    if len(users) != 1 or users[0].target is not torch.reshape or users[0].args[1][0] != num_channels:  # type: ignore[index]
         return []
-    return [users[0], *_list_reshapes(users[0])]
+    return [users[0], *_list_reshapes(users[0], num_channels)]
 
 
 def _add_buffer(graph_module: GraphModule, target: str, tensor: Tensor) -> Node:

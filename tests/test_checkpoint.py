@@ -194,7 +194,7 @@ def test_a_full_disk_leaves_what_was_there(llama, checkpoints, tmp_path, monkeyp
     _, graphs, _ = checkpoints
     if exists:
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "old").write_text("old")
+        (tmp_path / "out" / "config.json").write_text('{"quantization_config": {}}')
 
     def fail(self, folder):
         raise OSError(28, "No space left on device")
@@ -202,11 +202,36 @@ def test_a_full_disk_leaves_what_was_there(llama, checkpoints, tmp_path, monkeyp
     monkeypatch.setattr(ModelCompressor, "update_config", fail)
     with pytest.raises(OSError, match="No space left"):
         fxmse.save_pretrained(graphs["FP8"], llama[torch.float32][0], tmp_path / "out")
-    assert [path.name for path in tmp_path.rglob("*")] == (["out", "old"] if exists else [])
+    assert [path.name for path in tmp_path.rglob("*")] == (["out", "config.json"] if exists else [])
     monkeypatch.undo()
     fxmse.save_pretrained(graphs["FP8"], llama[torch.float32][0], tmp_path / "out")
-    assert not (tmp_path / "out" / "old").exists()
+    assert (tmp_path / "out" / "model.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@torch.no_grad()
+def test_a_folder_of_something_else_is_not_replaced(llama, checkpoints, tmp_path):
+    model, _ = llama[torch.float32]
+    _, graphs, _ = checkpoints
+    model.save_pretrained(tmp_path / "float")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    for name in ("float", "notes"):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=rf"{name} exists and holds no quantized checkpoint: choose a new folder"):
+            fxmse.save_pretrained(graphs["FP8"], model, tmp_path / name)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tied_weight_is_named(tmp_path):
+    model = ARCHITECTURES["GPT-2"].make_model()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    inputs = ARCHITECTURES["GPT-2"].make_inputs(2, 0)
+    quantized = fxmse.quantize(
+        export(model, inputs), {"config_groups": {"FP8_BLOCK": ["re:.*lm_head"]}}, progress=False
+    )
+    with pytest.raises(ValueError, match=r"wte.weight and lm_head.weight are one tied parameter.*ignore list"):
+        fxmse.save_pretrained(quantized, model, tmp_path / "out")
 
 
 def copy_with(folder, tmp_path, change):

@@ -189,6 +189,7 @@ def test_inputs_that_a_folders_model_does_not_have_are_named(folder, tmp_path, c
         (["{folder}/mlp.pt2", "--scheme", "FP8", "--out", "{out}/no/a.pt2"], r"is no folder that can be written"),
         (["{folder}/llama", "--scheme", "FP8", "--out", "{folder}/texts.txt"], r"is a file: expected a folder"),
         (["{folder}/llama", "--scheme", "FP8", "--out", "{out}", "--decompose"], r"--decompose is for a .pt2"),
+        (["{folder}/llama", "--scheme", "FP8", "--out", "{folder}/llama"], r"llama exists and holds no quantized"),
         (["{folder}", "--scheme", "FP8", "--out", "{out}"], r"expected a .pt2, or a folder with a config.json"),
         (["{folder}/texts.txt", "--scheme", "FP8", "--out", "{out}"], r"expected a .pt2, or a folder"),
         (
