@@ -31,6 +31,17 @@ REPORT_FILE = "fxmse_report.json"
 """The report's name inside of a .pt2 and of a checkpoint's folder."""
 
 _REPORTED_BATCHES = 4
+# Fields of a SiteReport, and what the table calls them.
+_COLUMNS = {
+    "module": "module",
+    "role": "value",
+    "format": "format",
+    "num_scales": "scales",
+    "scale_min": "least",
+    "scale_max": "largest",
+    "sqnr": "SQNR dB",
+    "range_ratio": "range / min-max",
+}
 _TENSOR_FILES = (".safetensors", ".pt")
 _EXAMPLES = """examples:
   fxmse quantize model.pt2 --scheme W8A8 --data batches.safetensors --out quantized.pt2
@@ -61,22 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
+    texts: dict[str, Any] = {"epilog": _EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
-        prog="fxmse",
-        description="Post-training quantization with MSE observers.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="fxmse", description="Post-training quantization with MSE observers.", **texts
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help, description=help, epilog=_EXAMPLES, formatter_class=type_)
+        command = commands.add_parser(name, help=help, description=help, **texts)
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print JSON")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return command
 
-    type_ = argparse.RawDescriptionHelpFormatter
     command = add("quantize", _quantize, "calibrate a model on sample data and write the quantized one")
     command.add_argument("model", type=Path, metavar="MODEL", help="a .pt2, or a local Hugging Face folder")
     command.add_argument("--scheme", required=True, help="a preset (see fxmse schemes), or a JSON or YAML config file")
@@ -117,7 +125,7 @@ def _quantize(options: argparse.Namespace) -> None:
     example = batches[0] if batches else _make_example(program, model)
     use_cache = _set_use_cache(model, False)
     observed = prepare(program if program is not None else model, config, example)
-    calibrate(observed, _check_batches(batches, program, model))
+    calibrate(observed, _check_batches(batches, program))
     quantized = convert(observed)
     sites = [_as_json(site) for site in report(quantized, (batches or [example])[:_REPORTED_BATCHES])]
     _set_use_cache(model, use_cache)
@@ -226,7 +234,7 @@ def _set_use_cache(model: Any, use_cache: Any) -> Any:
     return before
 
 
-def _check_batches(batches: list[Any], program: ExportedProgram | None, model: nn.Module | None) -> list[Any]:
+def _check_batches(batches: list[Any], program: ExportedProgram | None) -> list[Any]:
     """The batches; raises ValueError where one is of other inputs, dtypes or ranks than the first or the program."""
     expected = None
     if program is not None and program.example_inputs is not None:
@@ -275,17 +283,9 @@ def _print(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary, indent=1))
         return
-    headers = ("module", "value", "format", "scales", "least", "largest", "SQNR dB", "range / min-max")
-    print(tabulate([list(_order(site)) for site in summary["sites"]], headers, floatfmt=_FLOAT_FORMATS))
+    rows = [[site[column] for column in _COLUMNS] for site in summary["sites"]]
+    print(tabulate(rows, list(_COLUMNS.values()), floatfmt=("", "", "", "", ".3g", ".3g", ".1f", ".3f")))
     print(f"\n{summary['model']} to {summary['out']}: {summary['scheme']}, {summary['batches']} batches")
-
-
-_COLUMNS = ("module", "role", "format", "num_scales", "scale_min", "scale_max", "sqnr", "range_ratio")
-_FLOAT_FORMATS = ("", "", "", "", ".3g", ".3g", ".1f", ".3f")
-
-
-def _order(site: dict[str, Any]) -> Sequence[Any]:
-    return [site[column] for column in _COLUMNS]
 
 
 def _list_schemes(options: argparse.Namespace) -> None:
