@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,10 @@ from fxmse.ops import DECOMPOSITIONS
 __all__ = ["export", "load_program", "save_program"]
 
 _TENSOR_FOLDERS = ("data/weights/", "data/constants/")
+# All that torch.export.save writes. Anything else (shared objects, older forms) may be run or unpickled by loading.
+_MEMBERS = re.compile(
+    r"(data/(weights|constants|sample_inputs)|models|extra|\.data)/.+|archive_format|archive_version|byteorder"
+)
 _OBJECT_PREFIXES = ("custom_obj_", "opaque_obj_")
 
 
@@ -75,9 +80,14 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"{path} is damaged: {damaged} does not have its checksum")
-            files = {name.partition("/")[2]: name for name in archive.namelist()}
+            names = archive.namelist()
+            files = {name.partition("/")[2]: name for name in names}
             if not any(name.startswith("models/") for name in files):
                 raise ValueError(f"{path} is no .pt2 of torch.export: it holds {', '.join(list(files)[:3])}, ...")
+            unknown = [name for name in files if not _MEMBERS.fullmatch(name)]
+            if unknown or len(files) < len(names):
+                what = f"{unknown[0]!r}" if unknown else "two members of one name"
+                raise ValueError(f"{path} has {what}, which torch.export.save does not write: export the model again")
             for name, full_name in files.items():
                 _check_member(path, name, lambda full_name=full_name: archive.read(full_name))
     except (OSError, zipfile.BadZipFile) as error:

@@ -161,6 +161,15 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, place):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("name", ["whole/data/aotinductor/model/a.so", "version", "other/data/sample_inputs/model.pt"])
+def test_what_export_does_not_write_is_refused(tmp_path, name):
+    path = save_small(tmp_path / "whole.pt2")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"")
+    with pytest.raises(ValueError, match=r"whole.pt2 has .*, which torch.export.save does not write"):
+        load_program(path)
+
+
 def test_a_program_replaces_another_only_once_it_is_whole(quantized, tmp_path, monkeypatch):
     path = save_small(tmp_path / "model.pt2")
     before = path.read_bytes()
