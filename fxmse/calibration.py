@@ -13,7 +13,7 @@ from fxmse.config import Config, NothingMatchedError, resolve_config
 from fxmse.importance import Importance
 from fxmse.lifted import Lifted, bind_parameters, find_lifted
 from fxmse.passes import FoldFakeQuant, InsertObservers
-from fxmse.passes.probe import Probe, find_importances, find_probes, observe_weights
+from fxmse.passes.probe import Probe, find_importances, find_probes
 from fxmse.pipeline import observe_or_roll_back
 
 __all__ = ["Calibration"]
@@ -179,6 +179,8 @@ class _Graph:
 
     def __init__(self, observed: GraphModule, bound: Mapping[int, tuple[str, Tensor]]) -> None:
         self._observed, self._bound = observed, bound
+        self._watchers: dict[str, Probe | Importance] = {probe.name: probe for _, probe in find_probes(observed)}
+        self._watchers |= {str(node.target): importance for node, importance in find_importances(observed)}
         self._num_batches = 0
         self._compiled: Callable[..., Any] | None = None
         self.quantized = observed
@@ -194,17 +196,13 @@ class _Graph:
         if self._compiled is not None:
             return self._compiled(*inputs)
         self._num_batches += 1
-        watchers: dict[str, Probe | Importance] = {probe.name: probe for _, probe in find_probes(self._observed)}
-        watchers |= {str(node.target): importance for node, importance in find_importances(self._observed)}
         outputs = None
 
         def observe() -> None:
             nonlocal outputs
-            with torch.no_grad():
-                observe_weights(self._observed)
             outputs = self._observed(*inputs)
 
-        observe_or_roll_back(watchers, f"batch {self._num_batches}", observe)
+        observe_or_roll_back(self._watchers, f"batch {self._num_batches}", observe)
         return outputs
 
     @torch.no_grad()
