@@ -29,9 +29,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 import fxmse
+from fxmse.compiling import compilation
 from fxmse.observers import State
 from fxmse.passes.probe import find_probes
-from fxmse.search import compilation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

@@ -36,8 +36,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import fxmse.search as search_module
+from fxmse.compiling import compilation
 from fxmse.observers import Observer
-from fxmse.search import compilation
 
 FP8 = torch.float8_e4m3fn
 WEIGHTS: dict[str, dict[str, Any]] = {
@@ -127,13 +127,13 @@ def measure_extra_bytes(run: Callable[[], object], device: str) -> int:
 def record_stages() -> Iterator[list[tuple[Any, ...]]]:
     """The arguments of the search's stages that run inside."""
     stages: list[tuple[Any, ...]] = []
-    run = search_module._run
+    run = search_module.run
 
     def record(*args: Any) -> Any:
         stages.append(args)
         return run(*args)
 
-    with mock.patch.object(search_module, "_run", record):
+    with mock.patch.object(search_module, "run", record):
         yield stages
 
 
@@ -173,7 +173,7 @@ def run_part(
         part = part[0].unsqueeze(0) if len(part) == 1 else part  # as a tile of that size has its strides
         num_groups = part.shape[1:-2].numel()
         rest = [t[:num_groups] if t is not None and len(t) > 1 else t for t in rest]
-    run = functools.partial(search_module._run, is_compiled, stage, problem, part, factors, *rest)
+    run = functools.partial(search_module.run, is_compiled, stage, problem, part, factors, *rest)
     with torch.no_grad():
         run()
         return part.numel(), min(measure_ms(run, "cpu") for _ in range(25))

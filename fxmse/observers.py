@@ -17,9 +17,10 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from compressed_tensors.registry import RegistryMixin
 from torch import Tensor, nn
 
+from fxmse.errors import Range
 from fxmse.layout import Layout
 from fxmse.numerics import Format, calculate_global_scale, round_scale
-from fxmse.search import Range, SearchOptions, check_argument, measure_range, search, search_global_range
+from fxmse.search import SearchOptions, check_argument, measure_range, search, search_global_range
 
 __all__ = [
     "ExpandedMSEOptions",

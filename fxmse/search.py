@@ -1,4 +1,4 @@
-"""The MSE search: pure tensors in and out, and the only place that compiles it.
+"""The MSE search of the contract: pure tensors in and out.
 
 All candidates of a group are evaluated in one pass over the data. For a group of range (min, max) candidate c is
 the range (min, max) * expand * (1 - c / grid); what is summed up for it is
@@ -12,32 +12,35 @@ Three things save evaluations and change no result. Candidates whose scales are 
 have few values) have one error. Where reading a flag waits for no device, steps behind the end that patience sets are
 not taken. And of the groups that a global scale is searched for, the largest are enough where they decide it.
 
-Shape suffixes as in :mod:`fxmse.numerics`: O observations, Q qparams, C candidates, K different scales,
-P parts of a group, G elements of a group or of such a part, W words of a bit set.
+Shape suffixes as in :mod:`fxmse.errors`, and K different scales, W words of a bit set.
 """
 
 import functools
 import itertools
 import math
-import struct
-import types
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
+from fxmse.compiling import MIN_COMPILED, is_traced, pays_to_compile, reads_flags, run, unrolls
+from fxmse.errors import (
+    Arithmetic,
+    Range,
+    Tile,
+    as_readable,
+    cut_groups,
+    holds_pairs,
+    measure,
+    split_pairs,
+    sum_powers_in_parts,
+)
 from fxmse.layout import MAX_ELEMENTS, Layout
 from fxmse.numerics import (
     Format,
-    Grid,
     calculate_exact_scale,
     calculate_global_scale,
     calculate_scale_and_zero_point,
@@ -48,10 +51,8 @@ from fxmse.numerics import (
 from fxmse.power import AbsolutePower
 
 __all__ = [
-    "Range",
     "SearchOptions",
     "check_argument",
-    "compilation",
     "measure_range",
     "search",
     "search_global_range",
@@ -59,43 +60,15 @@ __all__ = [
 
 # Entries of a table [C, Q]: 1 MiB in float32, 2 MiB in float64, whatever the value's size.
 _MAX_TABLE = 1 << 18
-# Below this many elements the uncompiled search takes a few ms, whatever else is compiled.
-_MIN_COMPILED = 1 << 12
-# Errors (elements times candidates) that take about as long to evaluate uncompiled, at 6 ns each, as a scheme's graphs
-# take to be compiled where no cache has them.
-_COMPILATION_WORK = 1 << 29
-# Uncompiled, so many errors are held at a time.
-_MAX_EAGER = 1 << 20
 _WORD = 24  # steps per word of a bit set: what float32 holds exactly
 # Scales whose ratio is a power of two may round a group of floats alike. What is summed up for them differs by the
 # noise of float32 powers and sums then, at most 4.3e-7 where it was measured.
 _TIE = 2.0**-21
 # Of a tensor_group value: so many of the largest groups, and as many of all, are looked at first.
 _NUM_LARGEST = 1 << 10
-_INDUCTOR_OPTIONS: dict[str, Any] = {
-    # Contraction (x * y + z rounded once) makes the errors more exact, and the power a third faster.
-    "cpp.enable_floating_point_contract_flag": "fast",
-    # Inductor writes what takes more than 30 operations to a buffer, if it is read twice: here one of the data's size
-    # times the candidates.
-    "realize_opcount_threshold": 1 << 10,
-}
-# Groups are cut into parts of one of these lengths. It is a constant of the graph: the innermost loop needs no check
-# for its end then and is two to three times as fast, and float32 sums of so few errors are exact enough.
-_PARTS = (128, 64, 32, 16)
-# A value of one group is better cut into longer ones: each has an entry for every candidate.
-_LONG_PARTS = (1024, *_PARTS)
-_STATIC = {*_LONG_PARTS, *(part // 2 for part in _LONG_PARTS)}  # the latter in pairs
 # Elements of half precision that are copied to float32 at a time, where they cannot be read as pairs.
 _MAX_COPIED = 1 << 18
 _HALF = (torch.bfloat16, torch.float16)
-_Mode = Literal["auto", "always", "never"]
-
-
-class Range(NamedTuple):
-    """The range of each group, float32, in units of x; shape qparam_shape."""
-
-    min: Tensor
-    max: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,19 +127,16 @@ def check_argument(name: str, value: object, expected: str, is_allowed: Callable
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _Problem(Arithmetic):
     """All that a compiled search depends on but tensors: there is one graph for each of these."""
 
-    format: Format
     dtype: torch.dtype  # of the value, and so of its scales
-    power: AbsolutePower
     patience: int
     expand: float
     is_spread: bool  # whether each group is spread over all of the value, which is then one tile
     optimize_global_scale: bool
     num_scales: int | None  # that a group's candidates can be stored as, where that is fewer than candidates
     grid: float  # the factor of step c is 1 - c / grid; 0 where nobody asks
-    reads_pairs: bool = False  # whether two bfloat16 are read as one float32
 
     @classmethod
     def of(
@@ -182,8 +152,9 @@ class _Problem:
         has_few_scales = num_scales is not None and num_scales < num_steps
         return cls(
             format,
-            dtype,
             options.power,
+            False,
+            dtype,
             int(options.patience) or num_steps,
             float(options.expand),
             layout.strategy == "tensor" or layout.base_name != "weight",
@@ -200,11 +171,6 @@ class _Scores(NamedTuple):
     improved_QW: Tensor  # int32 bit sets: the steps at which a group's error fell
     any_improved_C: Tensor  # bool: the steps at which any group's did
     num_steps: int  # so many candidates were evaluated
-
-
-class _Tile(NamedTuple):
-    values_OQPG: Tensor
-    weights_OQPG: Tensor | None  # of the elements' errors; O and Q may be 1
 
 
 def search(
@@ -246,8 +212,8 @@ def search(
         global_scale = None
     problem = _Problem.of(format, value.dtype, options, layout, optimize_global_scale)
     num_steps = len(options.factors)
-    is_compiled = _pays_to_compile(problem, value, num_steps)
-    reads_pairs = is_compiled and importance is None and _holds_pairs(value, layout)
+    is_compiled = pays_to_compile(problem, value, num_steps)
+    reads_pairs = is_compiled and importance is None and holds_pairs(value, layout)
     problem = replace(problem, reads_pairs=reads_pairs)
     max_elements = _MAX_COPIED if value.dtype in _HALF and not reads_pairs else MAX_ELEMENTS
     # With few stored scales a dozen tables are held at a time, else three.
@@ -256,11 +222,11 @@ def search(
         max_elements * math.prod(shape) // value.numel(),
     )
 
-    def cut() -> Iterator[_Tile]:
+    def cut() -> Iterator[Tile]:
         weights: Iterable[Tensor | None] = itertools.repeat(None)
         if importance is not None:
             weights = layout.channel_tiles(importance, value.shape, max_groups)
-        return map(_cut_groups, layout.tiles(value.detach(), max_groups), weights)
+        return map(cut_groups, layout.tiles(value.detach(), max_groups), weights)
 
     with torch.no_grad():
         best, _ = _search_tiles(problem, cut, _factors_on(options, value), global_scale, is_compiled)
@@ -281,9 +247,9 @@ def search_global_range(
     """
     exact = replace(format, scale_dtype=None)
     best = None
-    if importance is None and layout.base_name == "weight" and _reads_flags(value):
+    if importance is None and layout.base_name == "weight" and reads_flags(value):
         # All groups are measured for it, which is compiled where the search that follows is.
-        is_compiled = _pays_to_compile(_Problem.of(format, value.dtype, options, layout), value, 0)
+        is_compiled = pays_to_compile(_Problem.of(format, value.dtype, options, layout), value, 0)
         best = _search_largest_groups(value, exact, layout, options, is_compiled)
     if best is None:
         best = search(value, exact, layout, options, importance=importance)
@@ -311,8 +277,8 @@ def _search_largest_groups(
     some_QG = groups_QG[torch.cat([largest.indices[:-1], spread])]
     problem = _Problem.of(format, value.dtype, options, layout)
     with torch.no_grad():
-        tile = _cut_groups(some_QG[None], None)
-        is_compiled = _pays_to_compile(problem, some_QG, len(options.factors))
+        tile = cut_groups(some_QG[None], None)
+        is_compiled = pays_to_compile(problem, some_QG, len(options.factors))
         best, num_steps = _search_tiles(problem, lambda: iter([tile]), _factors_on(options, value), None, is_compiled)
     others = largest.values[-1] * options.expand
     is_certain = num_steps == len(options.factors) and torch.maximum(-best.min, best.max).amax() >= others
@@ -329,14 +295,14 @@ def measure_range(value: Tensor, layout: Layout) -> Range:
 @torch.no_grad()
 def _measure_tiles(value: Tensor, layout: Layout, is_compiled: bool) -> Range:
     """The smallest and largest value of each group, [Q]."""
-    tiles = (_cut_groups(tile, None).values_OQPG for tile in layout.tiles(value.detach(), _MAX_TABLE))
-    parts = [_run(is_compiled, _measure, None, tile) for tile in tiles]
+    tiles = (cut_groups(tile, None).values_OQPG for tile in layout.tiles(value.detach(), _MAX_TABLE))
+    parts = [run(is_compiled, measure, None, tile) for tile in tiles]
     return Range(torch.cat([part.min for part in parts]), torch.cat([part.max for part in parts]))
 
 
 def _search_tiles(
     problem: _Problem,
-    cut: Callable[[], Iterator[_Tile]],
+    cut: Callable[[], Iterator[Tile]],
     factors_C: Tensor,
     global_scale: Tensor | None,
     is_compiled: bool,
@@ -361,7 +327,7 @@ def _search_tiles(
             any_improved_C = found_C if any_improved_C is None else any_improved_C | found_C
         assert any_improved_C is not None
         num_steps = total
-        if _reads_flags(factors_C):
+        if reads_flags(factors_C):
             num_steps = _find_end(any_improved_C.tolist(), problem.patience)
         if all(score.num_steps >= num_steps for score in scores.values()):
             break
@@ -369,8 +335,8 @@ def _search_tiles(
     best = []
     for index in sorted(scores):
         score = scores.pop(index)  # frees it: of small groups there are many
-        is_large = len(score.improved_QW) >= _MIN_COMPILED
-        best.append(_run(is_compiled and is_large, _choose, None, score.improved_QW, steps_W, *score.range, factors_C))
+        is_large = len(score.improved_QW) >= MIN_COMPILED
+        best.append(run(is_compiled and is_large, _choose, None, score.improved_QW, steps_W, *score.range, factors_C))
     if len(best) == 1:
         return best[0], num_steps
     return Range(torch.cat([part.min for part in best]), torch.cat([part.max for part in best])), num_steps
@@ -378,7 +344,7 @@ def _search_tiles(
 
 def _score(
     problem: _Problem,
-    tile: _Tile,
+    tile: Tile,
     factors_C: Tensor,
     global_scale: Tensor | None,
     any_improved_C: Tensor | None,
@@ -389,22 +355,22 @@ def _score(
     total = len(factors_C)
     num_parts = _count_parts(problem, values_OQPG, total) if problem.is_spread else 1
     if num_parts == 1 and (problem.is_spread or problem.num_scales):
-        values_OQPG = _as_readable(problem, values_OQPG)
-        own, improved_QW, found_C = _run(
+        values_OQPG = as_readable(problem, values_OQPG)
+        own, improved_QW, found_C = run(
             is_compiled, _score_at_once, problem, values_OQPG, factors_C, global_scale, weights_OQPG
         )
         return _Scores(own, improved_QW, found_C, total)
-    own = _run(is_compiled, _measure, None, values_OQPG)
+    own = run(is_compiled, measure, None, values_OQPG)
     own = Range(own.min * problem.expand, own.max * problem.expand)
     sum_errors = functools.partial(_sum_in_parts, is_compiled, problem, values_OQPG, weights_OQPG, num_parts)
     if problem.num_scales:
         errors_KQ = sum_errors(factors_C, global_scale, own)
-        improved_QW, found_C = _run(
+        improved_QW, found_C = run(
             is_compiled, _find_improvements_of_stored, problem, errors_KQ, *own, factors_C, global_scale
         )
         return _Scores(own, improved_QW, found_C, total)
-    if not _reads_flags(factors_C):
-        improved_QW, found_C = _run(is_compiled, _find_improvements, None, sum_errors(factors_C, global_scale, own))
+    if not reads_flags(factors_C):
+        improved_QW, found_C = run(is_compiled, _find_improvements, None, sum_errors(factors_C, global_scale, own))
         return _Scores(own, improved_QW, found_C, total)
     if any_improved_C is None:
         any_improved_C = torch.zeros(total, dtype=torch.bool, device=factors_C.device)
@@ -417,7 +383,7 @@ def _score(
         start = max(0, min(num_steps, end - 2))
         errors_CQ[start:end] = sum_errors(factors_C[start:end], global_scale, own)
         num_steps = end
-        improved_QW, found_C = _run(is_compiled, _find_improvements, None, errors_CQ)
+        improved_QW, found_C = run(is_compiled, _find_improvements, None, errors_CQ)
         improved = (any_improved_C | found_C).tolist()
     return _Scores(own, improved_QW, found_C, num_steps)
 
@@ -435,41 +401,6 @@ def _find_end(any_improved: list[bool], patience: int) -> int:
     return len(any_improved)
 
 
-def _cut_groups(values_OQG: Tensor, weights_QG: Tensor | None) -> _Tile:
-    """A tile with its groups cut into parts of one of the lengths that graphs are made for, if one divides them."""
-    if weights_QG is None and values_OQG.shape[1:-1].numel() == 1 and values_OQG.is_contiguous():
-        # One group's parts are observations as well.
-        part = _choose_part(values_OQG.numel(), _LONG_PARTS, values_OQG.shape[-1])
-        return _Tile(values_OQG.reshape(-1, 1, 1, part), None)
-    length = values_OQG.shape[-1]
-    part = _choose_part(length, _PARTS, length)
-    weights_OQPG = None if weights_QG is None else weights_QG[None].unflatten(-1, (-1, part))
-    return _Tile(values_OQG.unflatten(-1, (-1, part)), weights_OQPG)
-
-
-def _choose_part(length: int, parts: tuple[int, ...], default: int) -> int:
-    return next((part for part in parts if length % part == 0), default)
-
-
-def _holds_pairs(value: Tensor, layout: Layout) -> bool:
-    """Whether the search can read two bfloat16 of a part as one float32.
-
-    It spares a copy: Inductor does not vectorise bit casts next to half precision. A GPU's kernels need no such thing.
-    """
-    if value.dtype != torch.bfloat16 or value.device.type != "cpu":
-        return False
-    length = layout.block_structure[1] if layout.block_structure else layout.group_size or value.shape[-1]
-    num_lanes = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-    has_pairs = _choose_part(length, _PARTS, 0) >= 2 * num_lanes
-    return has_pairs and value.is_contiguous() and value.storage_offset() % 2 == 0
-
-
-def _measure(_: None, values_OQPG: Tensor) -> Range:
-    """The range [Q] of each group of a tile."""
-    dims = (0, -2, -1)
-    return Range(values_OQPG.amin(dims).flatten().float(), values_OQPG.amax(dims).flatten().float())
-
-
 def _sum_in_parts(
     is_compiled: bool,
     problem: _Problem,
@@ -483,14 +414,14 @@ def _sum_in_parts(
     """``_sum_errors``, for groups that are spread over many observations some of these at a time."""
     errors = []
     for part_OQPG in values_OQPG.tensor_split(num_parts):
-        values = _as_readable(problem, part_OQPG)
-        errors.append(_run(is_compiled, _sum_errors, problem, values, factors_C, global_scale, *own, weights_OQPG))
+        values = as_readable(problem, part_OQPG)
+        errors.append(run(is_compiled, _sum_errors, problem, values, factors_C, global_scale, *own, weights_OQPG))
     return errors[0] if num_parts == 1 else torch.stack(errors).sum(0)
 
 
 def _count_parts(problem: _Problem, values_OQPG: Tensor, num_steps: int) -> int:
     """Into how many parts the observations are cut, so that copies and tables stay small."""
-    if _is_traced(values_OQPG):
+    if is_traced(values_OQPG):
         return 1
     num_parts = -(-values_OQPG.shape[:-1].numel() * num_steps // _MAX_TABLE)
     if values_OQPG.dtype in _HALF and not problem.reads_pairs:
@@ -498,13 +429,7 @@ def _count_parts(problem: _Problem, values_OQPG: Tensor, num_steps: int) -> int:
     return num_parts
 
 
-def _as_readable(problem: _Problem, values_OQPG: Tensor) -> Tensor:
-    """What ``_sum_errors`` reads: a view of pairs, or float32."""
-    if problem.reads_pairs:
-        return values_OQPG.view(torch.float32)
-    return values_OQPG if _is_traced(values_OQPG) else values_OQPG.float()
-
-
+@unrolls(1)
 def _score_at_once(
     problem: _Problem,
     values_OQPG: Tensor,
@@ -513,7 +438,7 @@ def _score_at_once(
     weights_OQPG: Tensor | None,
 ) -> tuple[Range, Tensor, Tensor]:
     """All of ``_score`` in one graph, where no candidate is left out: each call costs."""
-    ranges = [_measure(None, part) for part in _split_pairs(problem, values_OQPG)]
+    ranges = [measure(None, part) for part in split_pairs(problem, values_OQPG)]
     low_Q = functools.reduce(torch.minimum, (part.min for part in ranges))
     high_Q = functools.reduce(torch.maximum, (part.max for part in ranges))
     own = Range(low_Q * problem.expand, high_Q * problem.expand)
@@ -545,7 +470,7 @@ def _sum_errors(
         base_Q, _ = _calculate_scale(problem, low_Q, high_Q, global_scale)
         min_CQ, max_CQ = factors_C[:, None] * low_Q, factors_C[:, None] * high_Q
         scale_CQ, zero_point_CQ = _calculate_scale(problem, min_CQ, max_CQ, global_scale)
-    sums_CQ = _sum_powers_in_parts(problem, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG)
+    sums_CQ = sum_powers_in_parts(problem, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG)
     return sums_CQ * torch.pow(scale_CQ / base_Q, problem.power.exponent)
 
 
@@ -572,104 +497,7 @@ def _calculate_scale(
     return scale, None if problem.format.symmetric else zero_point
 
 
-def _sum_powers_in_parts(
-    problem: _Problem, values_OQPG: Tensor, scale_CQ: Tensor, zero_point_CQ: Tensor | None, weights_OQPG: Tensor | None
-) -> Tensor:
-    """``_sum_powers``, uncompiled so many candidates at a time as may be copies of the data."""
-    if torch.compiler.is_compiling():
-        # There the candidates are a loop around a row that stays in cache.
-        return _sum_powers(problem, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG)
-    at_a_time = max(1, min(len(scale_CQ), _MAX_EAGER // values_OQPG.numel()))
-    parts = []
-    for start in range(0, len(scale_CQ), at_a_time):
-        some = slice(start, start + at_a_time)
-        zero_point = None if zero_point_CQ is None else zero_point_CQ[some]
-        parts.append(_sum_powers(problem, values_OQPG, scale_CQ[some], zero_point, weights_OQPG))
-    return torch.cat(parts)
-
-
-def _sum_powers(
-    problem: _Problem, values_OQPG: Tensor, scale_CQ: Tensor, zero_point_CQ: Tensor | None, weights_OQPG: Tensor | None
-) -> Tensor:
-    """sum(weight * |round_to_grid(x / scale) - x / scale| ** norm) over O and G, shape [C, Q].
-
-    A row's errors are summed up in float32 while it is in cache, the rows' in float64.
-    """
-    # fake_quantize's error is continuous in x / scale, so that a reciprocal off by an ulp changes it by an ulp.
-    shape_CQ11 = (len(scale_CQ), *values_OQPG.shape[1:-2], 1, 1)
-    reciprocal = keep(scale_CQ.reciprocal()).reshape(shape_CQ11)
-    zero_point = None if zero_point_CQ is None else zero_point_CQ.reshape(shape_CQ11)
-    values = _split_pairs(problem, values_OQPG)
-    powers = [problem.power(_round(part[:, None], reciprocal, zero_point, problem.format)) for part in values]
-    powers_OCQPG = functools.reduce(torch.add, powers)
-    if weights_OQPG is not None:
-        powers_OCQPG = powers_OCQPG * weights_OQPG[:, None]
-    sums_OCQP = powers_OCQPG.sum(-1)
-    if sums_OCQP.shape[0] == sums_OCQP.shape[-1] == 1:
-        return sums_OCQP[0, ..., 0].flatten(1)
-    return sums_OCQP.sum((0, -1), dtype=torch.float64).flatten(1)
-
-
-def _split_pairs(problem: _Problem, values_OQPG: Tensor) -> list[Tensor]:
-    """The values, float32: all of them, or the even and the odd ones.
-
-    A bfloat16 is the upper half of a float32. Loads of floats are fast, those of integers are not, and the negation
-    has the load be one of floats without changing any other bit.
-    """
-    if not problem.reads_pairs:
-        return [values_OQPG.float()]
-    bits = (-values_OQPG).view(torch.int32)
-    return [(bits * (1 << 16)).view(torch.float32), -(bits & -(1 << 16)).view(torch.float32)]
-
-
-def _round(values: Tensor, reciprocal: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
-    """The error of rounding x / scale, in units of the scale; up to its sign."""
-    grid = format.grid
-    if grid.type == "int":
-        return _round_to_integer(values, reciprocal, grid, zero_point)
-    if zero_point is None:
-        return _round_to_float(values, reciprocal, grid)
-    scaled, zero_point = values * reciprocal, keep(zero_point)
-    rounded = grid.round((scaled + zero_point).clamp(grid.qmin, grid.qmax))
-    return (rounded - zero_point) - scaled
-
-
-def _round_to_integer(values: Tensor, reciprocal: Tensor, grid: Grid, zero_point: Tensor | None) -> Tensor:
-    """The error of rounding x / scale to an integer grid, in units of the scale.
-
-    1.5 * 2 ** 23 has the adder round, half to even. Positive floats are ordered as their bits are, and negative ones
-    below them, so that the clamp is one of integers: one instruction a bound, where one of floats that passes NaN on
-    takes four. The last difference passes it on.
-    """
-    shift, shift_bits = 1.5 * 2.0**23, 0x4B40_0000
-    bits = (values * reciprocal + shift).view(torch.int32)
-    low, high = shift_bits + int(grid.qmin), shift_bits + int(grid.qmax)
-    if zero_point is None:
-        bits = bits.clamp(low, high)
-    else:
-        # A whole zero point moves the grid by whole steps: moving the bounds instead keeps x / scale exact.
-        steps = zero_point.to(torch.int32)
-        bits = torch.minimum(torch.maximum(bits, keep(low - steps)), keep(high - steps))
-    return (bits.view(torch.float32) - shift) - values * reciprocal
-
-
-def _round_to_float(values: Tensor, reciprocal: Tensor, grid: Grid) -> Tensor:
-    """The error of rounding |x| / scale to a float grid, in units of the scale; both signs have the same.
-
-    As ``Grid.round``, with the clamp one of integers: see ``_round_to_integer``.
-    """
-    magnitudes = values.abs()
-    clamped = (magnitudes * reciprocal).view(torch.int32).clamp(max=_to_bits(grid.qmax))
-    power = (clamped & 0x7F80_0000).clamp(min=_to_bits(2.0**grid.min_exponent)).view(torch.float32)
-    shift = power * 2.0 ** (23 - grid.mantissa_bits)
-    rounded = (clamped.view(torch.float32) + shift) - shift
-    return rounded - magnitudes * reciprocal
-
-
-def _to_bits(value: float) -> int:
-    return int.from_bytes(struct.pack("<f", value), "little")
-
-
+@unrolls(0)
 def _find_improvements(_: None, errors_CQ: Tensor) -> tuple[Tensor, Tensor]:
     """The steps whose error is below all errors before by more than a tie; the first one where it is finite.
 
@@ -691,6 +519,7 @@ def _find_improvements(_: None, errors_CQ: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(words, 1), torch.cat(any_improved) > 0
 
 
+@unrolls(3)
 def _find_improvements_of_stored(
     problem: _Problem, errors_KQ: Tensor, low_Q: Tensor, high_Q: Tensor, factors_C: Tensor, global_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -752,7 +581,7 @@ def _allow_steps(any_improved_C: Tensor, patience: int, num_steps: int) -> Tenso
     It ends once no group improved in ``patience`` steps in a row, so that no step behind such a run counts.
     """
     total = len(any_improved_C)
-    if _reads_flags(any_improved_C) or patience >= total:
+    if reads_flags(any_improved_C) or patience >= total:
         return _make_words(total, num_steps, any_improved_C.device)
     is_stale = (~any_improved_C).unfold(0, patience, 1).all(1)
     has_ended = torch.cat([is_stale.new_zeros(patience), is_stale.cumsum(0)[:-1] > 0])
@@ -771,7 +600,7 @@ def _make_words(total: int, num_steps: int, device: torch.device) -> Tensor:
 
 def _choose(_: None, improved_QW: Tensor, steps_W: Tensor, low_Q: Tensor, high_Q: Tensor, factors_C: Tensor) -> Range:
     """The candidate of each group's last improvement among these steps; the first one where it has none."""
-    if len(improved_QW) == 1 and _reads_flags(improved_QW):
+    if len(improved_QW) == 1 and reads_flags(improved_QW):
         # Of one number an operation takes longer than Python.
         words = zip(improved_QW[0].tolist(), steps_W.tolist(), strict=True)
         bits = sum((word & steps) << (_WORD * index) for index, (word, steps) in enumerate(words))
@@ -785,164 +614,9 @@ def _choose(_: None, improved_QW: Tensor, steps_W: Tensor, low_Q: Tensor, high_Q
     return Range(low_Q * factor_Q, high_Q * factor_Q)
 
 
-def _pays_to_compile(problem: _Problem, value: Tensor, num_steps: int) -> bool:
-    """The rule of :func:`compilation`; a graph that is being made takes the search as it is."""
-    if _is_traced(value) or value.numel() < _MIN_COMPILED or (mode := _mode.get()) == "never":
-        return False
-    if mode == "auto" and _uncompiled_work[problem] < _COMPILATION_WORK:
-        _uncompiled_work[problem] += value.numel() * num_steps
-    return mode == "always" or _uncompiled_work[problem] >= _COMPILATION_WORK
-
-
-# The tensor whose first dimension are steps that a stage looks at one after the other.
-_UNROLLED = {_find_improvements: 0, _score_at_once: 1, _find_improvements_of_stored: 3}
-
-
-@contextmanager
-def compilation(mode: _Mode) -> Iterator[None]:
-    """Sets within a ``with`` block whether searches are compiled.
-
-    Args:
-        mode: "auto", the default: a scheme's searches run uncompiled until they would have taken as long as compiling
-            does, and compiled from then on. So a small model never waits for a compiler, a large one compiles at its
-            first weight, and neither takes more than twice the time of the better choice. "always" compiles from the
-            first value of 4096 elements on, "never" not at all. What is compiled is the same; candidates whose errors
-            tie to 2 ** -21 may be told apart differently.
-
-    Raises:
-        ValueError: another mode.
-    """
-    if mode not in get_args(_Mode):
-        raise ValueError(f"mode={mode!r}: expected one of {', '.join(get_args(_Mode))}")
-    token = _mode.set(mode)
-    try:
-        yield
-    finally:
-        _mode.reset(token)
-
-
-_mode: ContextVar[_Mode] = ContextVar("compilation", default="auto")
-_uncompiled_work: Counter[_Problem] = Counter()
-
-
-def _run(is_compiled: bool, stage: Callable[..., Any], problem: _Problem | None, *tensors: Tensor | None) -> Any:
-    """Runs a stage of the search, compiled where that is wanted and can be done."""
-    if not is_compiled or not _Compiler.is_usable or any(t is not None and _is_traced(t) for t in tensors):
-        return stage(problem, *tensors)
-    try:
-        # Of a view Dynamo would look at what it is a view of, and it at who asks for the graph.
-        bare = [None if tensor is None else tensor.data for tensor in tensors]
-        unrolled = bare[_UNROLLED[stage]] if stage in _UNROLLED else None
-        num_steps = None if unrolled is None else len(unrolled)
-        return _compile(stage, problem, num_steps, tuple(map(_sign, bare)))(*bare)
-    except Exception as error:
-        if not _is_missing_compiler(error):
-            raise
-        _Compiler.is_usable = False
-        warnings.warn(
-            f"the MSE search runs uncompiled, several times slower: {_first_line(error)}. "
-            "Install a C++ compiler (g++ or clang), or set CXX to one that works.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return stage(problem, *tensors)
-
-
-_serial = itertools.count()
-
-
-class _Compiler:
-    """Whether the machine has one; found out by the first use."""
-
-    is_usable = True
-
-
-def _sign(tensor: Tensor | None) -> tuple[object, ...] | None:
-    """What a graph is made for: of each dimension whether it is 1, and the length of parts."""
-    if tensor is None:
-        return None
-    sizes: list[int | None] = [1 if size == 1 else None for size in tensor.shape]
-    if tensor.dim() > 3 and tensor.shape[-1] in _STATIC:
-        sizes[-1] = tensor.shape[-1]
-    return tensor.is_contiguous(), tensor.dtype, tensor.device, *sizes
-
-
-@functools.cache
-def _compile(
-    stage: Callable[..., Any], problem: _Problem | None, num_steps: int | None, signature: tuple[Any, ...]
-) -> Callable[..., Any]:
-    """One graph per problem, signature and, where it looks at steps one after the other, their number.
-
-    A code object of its own keeps Dynamo's limit of recompilations away from it.
-    """
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list as list_entries
-
-    def run(*tensors: Tensor | None) -> Any:
-        return stage(problem, *tensors)
-
-    code = run.__code__.replace(co_name=f"{stage.__name__.strip('_')}_{next(_serial)}")
-    run = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
-    options = {**_INDUCTOR_OPTIONS, "guard_filter_fn": functools.partial(_keep_guards, signature)}
-    compiled = torch.compile(run, fullgraph=True, options=options)
-    varying = [
-        (place, dim)
-        for place, signed in enumerate(signature)
-        for dim, size in enumerate(signed[3:] if signed else ())
-        if size is None
-    ]
-
-    def call(*tensors: Tensor | None) -> Any:
-        # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
-        # would find it out. Dynamo may look at any call: its caches are reset, or the mode is another.
-        for place, dim in varying:
-            torch._dynamo.maybe_mark_dynamic(tensors[place], dim)
-        if list_entries(code):
-            return compiled(*tensors)
-        # Sizes that happen to be equal now need not be so later.
-        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return compiled(*tensors)
-
-    return call
-
-
-def _keep_guards(signature: tuple[Any, ...], guards: Sequence[Any]) -> list[bool]:
-    """Which guards are looked at: those of the mode, the sizes, and the strides that the signature leaves open.
-
-    Looking at all of them takes longer than the search of a small value, and some hold nothing that the graph depends
-    on: whether an operator of torch.library or inference mode is at work.
-    """
-    open_tensors = {f"L['tensors'][{i}]" for i, signed in enumerate(signature) if signed and not signed[0]}
-    return [guard.name in ("", *open_tensors) or guard.guard_type == "DUPLICATE_INPUT" for guard in guards]
-
-
-def _is_missing_compiler(error: BaseException | None) -> bool:
-    from torch._inductor import exc
-
-    missing = (exc.InvalidCxxCompiler, exc.CppCompileError)
-    while error is not None:
-        if isinstance(error, missing) or "TritonMissing" in type(error).__name__:
-            return True
-        error = getattr(error, "inner_exception", None) or error.__cause__
-    return False
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _is_traced(value: Tensor) -> bool:
-    """Whether somebody else's graph is being made, or ``value`` has no data that a kernel could read."""
-    return torch.compiler.is_compiling() or isinstance(value, FakeTensor)
-
-
-def _reads_flags(tensor: Tensor) -> bool:
-    """Whether a flag's value can be looked at without waiting for a device."""
-    return tensor.device.type == "cpu" and not _is_traced(tensor)
-
-
 def _factors_on(options: SearchOptions, value: Tensor) -> Tensor:
     # One copy to the device; a traced tensor must not outlive its trace.
-    make = _make_tensor if _is_traced(value) else _make_tensor_once
+    make = _make_tensor if is_traced(value) else _make_tensor_once
     return make(options.factors, value.device)
 
 

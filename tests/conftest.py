@@ -2,7 +2,7 @@
 
 import pytest
 
-from fxmse.search import compilation
+from fxmse.compiling import compilation
 
 
 @pytest.fixture(autouse=True, scope="session")

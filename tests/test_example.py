@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import fxmse
-import fxmse.search as search_module
+import fxmse.compiling as compiling
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -31,7 +31,7 @@ def minilm():
 def test_minilm_has_one_graph_a_scheme_and_the_references_quality(minilm):
     program, calibration, held_out = minilm
     torch._dynamo.reset()
-    search_module._compile.cache_clear()
+    compiling._compile.cache_clear()
     counters.clear()
     quantized = fxmse.quantize(program, example.CONFIG, calibration, progress=False)
     # Weights int8 per channel and inputs int8 per tensor: two schemes over 37 weights, 25 values and 32 batches, and

@@ -127,7 +127,7 @@ def test_tiles_equal_the_whole_compiled_or_not(args_name, monkeypatch):
     whole = observe(weight, args, activations)
     monkeypatch.setattr("fxmse.layout.MAX_ELEMENTS", 7 * 32)  # tiles are no multiple of a row's 3 groups
     tiled = observe(weight, args, activations)
-    monkeypatch.setattr("fxmse.search._MIN_COMPILED", 1)
+    monkeypatch.setattr("fxmse.compiling.MIN_COMPILED", 1)
     compiled = observe(weight, args, activations)
     torch.testing.assert_close(tiled["scale"], whole["scale"], rtol=1e-6, atol=0)
     torch.testing.assert_close(compiled["scale"], whole["scale"], rtol=1e-6, atol=0)

@@ -16,7 +16,9 @@ from oracle import search as search_by_contract
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
+import fxmse.compiling as compiling
 import fxmse.search as search_module
+from fxmse.compiling import compilation
 from fxmse.layout import Layout
 from fxmse.numerics import (
     Format,
@@ -26,7 +28,7 @@ from fxmse.numerics import (
     list_stored_scales,
 )
 from fxmse.observers import Observer
-from fxmse.search import SearchOptions, compilation, measure_range, search, search_global_range
+from fxmse.search import SearchOptions, measure_range, search, search_global_range
 
 # A tie: the contract leaves either candidate to be chosen.
 TIE = 1e-6
@@ -132,7 +134,7 @@ def test_compiled_search_follows_the_contract_and_equals_the_uncompiled_one():
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_one_graph_per_scheme_over_shapes_batches_and_ranks():
     torch._dynamo.reset()
-    search_module._compile.cache_clear()
+    compiling._compile.cache_clear()
     counters.clear()
 
     def search_weights(args, *shapes):
@@ -191,7 +193,7 @@ WITHOUT_COMPILER = """
 import sys, warnings, torch
 from compressed_tensors.quantization import QuantizationArgs
 from fxmse.observers import Observer
-from fxmse.search import compilation
+from fxmse.compiling import compilation
 args = QuantizationArgs(num_bits=3, strategy="channel")
 weights = torch.load(sys.argv[1])
 with warnings.catch_warnings(record=True) as caught, compilation("always"):
@@ -333,7 +335,7 @@ def test_first_steps_of_stored_scales_are_those_that_counting_finds(args, option
         return search_module._find_first_steps(problem, low, high, len(factors), None)
 
     for is_compiled in (False, True):
-        assert torch.equal(search_module._run(is_compiled, find, problem, -absmax, absmax), counted)
+        assert torch.equal(search_module.run(is_compiled, find, problem, -absmax, absmax), counted)
 
 
 def test_patience_counts_steps_over_all_groups():
@@ -374,7 +376,7 @@ def test_candidates_that_are_not_evaluated_change_nothing(args_name, patience, m
             found = search(weight, format_, layout, options)
             num_evaluated = list(evaluated)
             with monkeypatch.context() as patch:
-                patch.setattr(search_module, "_reads_flags", lambda tensor: False)
+                patch.setattr(search_module, "reads_flags", lambda tensor: False)
                 evaluated.clear()
                 expected = search(weight, format_, layout, options)
             assert torch.equal(found.min, expected.min)
@@ -418,7 +420,7 @@ def test_global_range_of_the_largest_groups_is_that_of_all(kind, patience, monke
     layout, format_ = Layout.of(NVFP4, "weight"), Format.of(NVFP4)
     options = SearchOptions(patience=patience)
     found = search_global_range(weight, format_, layout, options)
-    monkeypatch.setattr(search_module, "_reads_flags", lambda tensor: False)
+    monkeypatch.setattr(search_module, "reads_flags", lambda tensor: False)
     expected = search_global_range(weight, format_, layout, options)
     assert torch.equal(calculate_global_scale(*found), calculate_global_scale(*expected))
 
@@ -426,15 +428,15 @@ def test_global_range_of_the_largest_groups_is_that_of_all(kind, patience, monke
 def test_a_scheme_is_compiled_once_its_searches_took_as_long_as_compiling(monkeypatch):
     args = make_args(5, strategy="channel")
     compiled = []
-    run = search_module._run
+    run = search_module.run
 
     def record(is_compiled, stage, *args):
         if stage is not search_module._choose:  # among so few groups never
             compiled.append(is_compiled)
         return run(False, stage, *args)
 
-    monkeypatch.setattr(search_module, "_run", record)
-    monkeypatch.setattr(search_module, "_COMPILATION_WORK", 3 * 64 * 128 * 20)
+    monkeypatch.setattr(search_module, "run", record)
+    monkeypatch.setattr(compiling, "_COMPILATION_WORK", 3 * 64 * 128 * 20)
 
     def is_compiled(rows, columns=128):
         compiled.clear()
@@ -481,13 +483,13 @@ def test_bfloat16_read_in_pairs_is_searched_as_its_float32_copy(strategy, symmet
     args = make_args(4, strategy=strategy, symmetric=symmetric, scale_dtype=torch.float32, **sizes)
     layout, format_, options = Layout.of(args, "weight"), Format.of(args), SearchOptions()
     weight = make_weight("heavy", rows=96, columns=256).bfloat16()
-    assert search_module._holds_pairs(weight, layout)
+    assert search_module.holds_pairs(weight, layout)
     found, expected = (search(value, format_, layout, options) for value in (weight, weight.float()))
     assert torch.equal(found.min, expected.min)
     assert torch.equal(found.max, expected.max)
     # The first element is no even one of memory, or the rows are not beside each other.
     for apart in (weight.flatten()[1:-255].view(95, 256), weight[:, :128]):
-        assert not search_module._holds_pairs(apart, layout)
+        assert not search_module.holds_pairs(apart, layout)
         assert torch.equal(
             search(apart, format_, layout, options).max, search(apart.float(), format_, layout, options).max
         )

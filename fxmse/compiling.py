@@ -1,0 +1,210 @@
+"""When and how stages of a search are compiled: the only place that calls torch.compile for them.
+
+A stage is a function of a problem (a frozen value, of which a graph depends) and tensors.
+"""
+
+import functools
+import itertools
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+__all__ = [
+    "MIN_COMPILED",
+    "STATIC_LENGTHS",
+    "compilation",
+    "is_traced",
+    "pays_to_compile",
+    "reads_flags",
+    "run",
+    "unrolls",
+]
+
+# Below this many elements the uncompiled search takes a few ms, whatever else is compiled.
+MIN_COMPILED = 1 << 12
+# Errors (elements times candidates) that take about as long to evaluate uncompiled, at 6 ns each, as a scheme's graphs
+# take to be compiled where no cache has them.
+_COMPILATION_WORK = 1 << 29
+_INDUCTOR_OPTIONS: dict[str, Any] = {
+    # Contraction (x * y + z rounded once) makes the errors more exact, and the power a third faster.
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # Inductor writes what takes more than 30 operations to a buffer, if it is read twice: here one of the data's size
+    # times the candidates.
+    "realize_opcount_threshold": 1 << 10,
+}
+# The last dimensions that are constants of a graph: the innermost loop needs no check for its end then and is two to
+# three times as fast.
+STATIC_LENGTHS = {1024, 512, 128, 64, 32, 16, 8}
+_Mode = Literal["auto", "always", "never"]
+_Stage = TypeVar("_Stage", bound=Callable[..., Any])
+
+_unrolled: dict[Callable[..., Any], int] = {}
+
+
+def unrolls(place: int) -> Callable[[_Stage], _Stage]:
+    """Marks a stage that looks at the entries of its ``place``-th tensor one after the other."""
+
+    def mark(stage: _Stage) -> _Stage:
+        _unrolled[stage] = place
+        return stage
+
+    return mark
+
+
+def pays_to_compile(problem: Hashable, value: Tensor, num_steps: int) -> bool:
+    """The rule of :func:`compilation`; a graph that is being made takes the search as it is."""
+    if is_traced(value) or value.numel() < MIN_COMPILED or (mode := _mode.get()) == "never":
+        return False
+    if mode == "auto" and _uncompiled_work[problem] < _COMPILATION_WORK:
+        _uncompiled_work[problem] += value.numel() * num_steps
+    return mode == "always" or _uncompiled_work[problem] >= _COMPILATION_WORK
+
+
+@contextmanager
+def compilation(mode: _Mode) -> Iterator[None]:
+    """Sets within a ``with`` block whether searches are compiled.
+
+    Args:
+        mode: "auto", the default: a scheme's searches run uncompiled until they would have taken as long as compiling
+            does, and compiled from then on. So a small model never waits for a compiler, a large one compiles at its
+            first weight, and neither takes more than twice the time of the better choice. "always" compiles from the
+            first value of 4096 elements on, "never" not at all. What is compiled is the same; candidates whose errors
+            tie to 2 ** -21 may be told apart differently.
+
+    Raises:
+        ValueError: another mode.
+    """
+    if mode not in get_args(_Mode):
+        raise ValueError(f"mode={mode!r}: expected one of {', '.join(get_args(_Mode))}")
+    token = _mode.set(mode)
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+_mode: ContextVar[_Mode] = ContextVar("compilation", default="auto")
+_uncompiled_work: Counter[Hashable] = Counter()
+
+
+def run(is_compiled: bool, stage: Callable[..., Any], problem: Hashable, *tensors: Tensor | None) -> Any:
+    """Runs a stage of the search, compiled where that is wanted and can be done."""
+    if not is_compiled or not _Compiler.is_usable or any(t is not None and is_traced(t) for t in tensors):
+        return stage(problem, *tensors)
+    try:
+        # Of a view Dynamo would look at what it is a view of, and it at who asks for the graph.
+        bare = [None if tensor is None else tensor.data for tensor in tensors]
+        unrolled = bare[_unrolled[stage]] if stage in _unrolled else None
+        num_steps = None if unrolled is None else len(unrolled)
+        return _compile(stage, problem, num_steps, tuple(map(_sign, bare)))(*bare)
+    except Exception as error:
+        if not _is_missing_compiler(error):
+            raise
+        _Compiler.is_usable = False
+        warnings.warn(
+            f"the MSE search runs uncompiled, several times slower: {_first_line(error)}. "
+            "Install a C++ compiler (g++ or clang), or set CXX to one that works.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return stage(problem, *tensors)
+
+
+_serial = itertools.count()
+
+
+class _Compiler:
+    """Whether the machine has one; found out by the first use."""
+
+    is_usable = True
+
+
+def _sign(tensor: Tensor | None) -> tuple[object, ...] | None:
+    """What a graph is made for: of each dimension whether it is 1, and the length of parts."""
+    if tensor is None:
+        return None
+    sizes: list[int | None] = [1 if size == 1 else None for size in tensor.shape]
+    if tensor.dim() > 3 and tensor.shape[-1] in STATIC_LENGTHS:
+        sizes[-1] = tensor.shape[-1]
+    return tensor.is_contiguous(), tensor.dtype, tensor.device, *sizes
+
+
+@functools.cache
+def _compile(
+    stage: Callable[..., Any], problem: Hashable, num_steps: int | None, signature: tuple[Any, ...]
+) -> Callable[..., Any]:
+    """One graph per problem, signature and, where it looks at steps one after the other, their number.
+
+    A code object of its own keeps Dynamo's limit of recompilations away from it.
+    """
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list as list_entries
+
+    def run(*tensors: Tensor | None) -> Any:
+        return stage(problem, *tensors)
+
+    code = run.__code__.replace(co_name=f"{stage.__name__.strip('_')}_{next(_serial)}")
+    run = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
+    options = {**_INDUCTOR_OPTIONS, "guard_filter_fn": functools.partial(_keep_guards, signature)}
+    compiled = torch.compile(run, fullgraph=True, options=options)
+    varying = [
+        (place, dim)
+        for place, signed in enumerate(signature)
+        for dim, size in enumerate(signed[3:] if signed else ())
+        if size is None
+    ]
+
+    def call(*tensors: Tensor | None) -> Any:
+        # Which dimensions vary from layer to layer and from batch to batch: naming them spares the recompilation that
+        # would find it out. Dynamo may look at any call: its caches are reset, or the mode is another.
+        for place, dim in varying:
+            torch._dynamo.maybe_mark_dynamic(tensors[place], dim)
+        if list_entries(code):
+            return compiled(*tensors)
+        # Sizes that happen to be equal now need not be so later.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return compiled(*tensors)
+
+    return call
+
+
+def _keep_guards(signature: tuple[Any, ...], guards: Sequence[Any]) -> list[bool]:
+    """Which guards are looked at: those of the mode, the sizes, and the strides that the signature leaves open.
+
+    Looking at all of them takes longer than the search of a small value, and some hold nothing that the graph depends
+    on: whether an operator of torch.library or inference mode is at work.
+    """
+    open_tensors = {f"L['tensors'][{i}]" for i, signed in enumerate(signature) if signed and not signed[0]}
+    return [guard.name in ("", *open_tensors) or guard.guard_type == "DUPLICATE_INPUT" for guard in guards]
+
+
+def _is_missing_compiler(error: BaseException | None) -> bool:
+    from torch._inductor import exc
+
+    missing = (exc.InvalidCxxCompiler, exc.CppCompileError)
+    while error is not None:
+        if isinstance(error, missing) or "TritonMissing" in type(error).__name__:
+            return True
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def is_traced(value: Tensor) -> bool:
+    """Whether somebody else's graph is being made, or ``value`` has no data that a kernel could read."""
+    return torch.compiler.is_compiling() or isinstance(value, FakeTensor)
+
+
+def reads_flags(tensor: Tensor) -> bool:
+    """Whether a flag's value can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu" and not is_traced(tensor)
