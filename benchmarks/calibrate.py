@@ -30,7 +30,7 @@ from torch.fx import GraphModule
 
 import fxmse
 from fxmse.compiling import compilation
-from fxmse.observers import State
+from fxmse.states import State
 from fxmse.passes.probe import find_probes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

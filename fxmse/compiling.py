@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensor
 __all__ = [
     "MIN_COMPILED",
     "STATIC_LENGTHS",
+    "attempt",
     "compilation",
     "is_traced",
     "pays_to_compile",
@@ -45,6 +46,7 @@ _INDUCTOR_OPTIONS: dict[str, Any] = {
 STATIC_LENGTHS = {1024, 512, 128, 64, 32, 16, 8}
 _Mode = Literal["auto", "always", "never"]
 _Stage = TypeVar("_Stage", bound=Callable[..., Any])
+_Result = TypeVar("_Result")
 
 _unrolled: dict[Callable[..., Any], int] = {}
 
@@ -97,14 +99,22 @@ _uncompiled_work: Counter[Hashable] = Counter()
 
 def run(is_compiled: bool, stage: Callable[..., Any], problem: Hashable, *tensors: Tensor | None) -> Any:
     """Runs a stage of the search, compiled where that is wanted and can be done."""
-    if not is_compiled or not _Compiler.is_usable or any(t is not None and is_traced(t) for t in tensors):
-        return stage(problem, *tensors)
+    plain = functools.partial(stage, problem, *tensors)
+    if not is_compiled or any(t is not None and is_traced(t) for t in tensors):
+        return plain()
+    # Of a view Dynamo would look at what it is a view of, and it at who asks for the graph.
+    bare = [None if tensor is None else tensor.data for tensor in tensors]
+    unrolled = bare[_unrolled[stage]] if stage in _unrolled else None
+    num_steps = None if unrolled is None else len(unrolled)
+    return attempt(lambda: _compile(stage, problem, num_steps, tuple(map(_sign, bare)))(*bare), plain)
+
+
+def attempt(compiled: Callable[[], _Result], plain: Callable[[], _Result]) -> _Result:
+    """The result of ``compiled``; on a machine without a compiler that of ``plain``, with one warning."""
+    if not _Compiler.is_usable:
+        return plain()
     try:
-        # Of a view Dynamo would look at what it is a view of, and it at who asks for the graph.
-        bare = [None if tensor is None else tensor.data for tensor in tensors]
-        unrolled = bare[_unrolled[stage]] if stage in _unrolled else None
-        num_steps = None if unrolled is None else len(unrolled)
-        return _compile(stage, problem, num_steps, tuple(map(_sign, bare)))(*bare)
+        return compiled()
     except Exception as error:
         if not _is_missing_compiler(error):
             raise
@@ -115,7 +125,7 @@ def run(is_compiled: bool, stage: Callable[..., Any], problem: Hashable, *tensor
             RuntimeWarning,
             stacklevel=2,
         )
-        return stage(problem, *tensors)
+        return plain()
 
 
 _serial = itertools.count()

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxmse.observers import MSEObserver, MSEOptions, Observer
 from fxmse.search import check_argument
+from fxmse.states import Stateful
 
 __all__ = [
     "IMatrixMSEObserver",
@@ -35,33 +36,29 @@ class ImportanceState(NamedTuple):
     num_tokens: Tensor | None = None
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors that are there."""
+    def witnesses(self) -> list[Tensor]:
+        """Float tensors, one of which is not finite if a value was not."""
         return [tensor for tensor in self if tensor is not None]
 
 
-class Importance(nn.Module):
+class Importance(Stateful[ImportanceState]):
     """Adds up x ** 2 of each channel of the values that it is shown, and passes them on.
 
     In a graph it is the node on the value that feeds a weight's op.
     """
 
+    state_class = ImportanceState
     squares: Tensor | None
     num_tokens: Tensor | None
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("squares", None)
-        self.register_buffer("num_tokens", None)
-
-    @property
-    def state(self) -> ImportanceState:
-        """What has been kept so far; assign it to go back to an earlier state."""
-        return ImportanceState(self.squares, self.num_tokens)
-
-    @state.setter
-    def state(self, state: ImportanceState) -> None:
-        self.squares, self.num_tokens = state
+    def merge(self, state: ImportanceState, other: ImportanceState) -> ImportanceState:
+        """The state after all that two states have seen."""
+        if state.squares is None or state.num_tokens is None:
+            return other
+        if other.squares is None or other.num_tokens is None:
+            return state
+        device = state.squares.device
+        return ImportanceState(state.squares + other.squares.to(device), state.num_tokens + other.num_tokens.to(device))
 
     @torch.no_grad()
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -149,11 +146,15 @@ class IMatrixMSEObserver(MSEObserver):
     """
 
     options_class = ImportanceMSEOptions
-    needs_importance = True
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         super().__init__(base_name, args, **observer_kwargs)
         self.importance = Importance()
+
+    @property
+    def needs_importance(self) -> bool:
+        """Yes."""
+        return True
 
     def observe(self, value: Tensor) -> None:
         """As :meth:`Observer.observe`; says why where there is no importance to search with."""

@@ -1,7 +1,8 @@
 """Observers by name: what is kept of the values seen, and the scale and zero point that come of it.
 
-An observer is four steps: ``measure`` (a value's range, a pure function), ``update`` (the state before and that
-range to the state after, pure), the state itself (buffers, float32 whatever the values' dtype), ``get_qparams``.
+An observer is one state machine: ``init`` gives the state before the first value, ``update`` that after one more,
+``merge`` that of two halves of the data, and ``finish`` the ranges that the qparams follow from. All four are pure
+functions of states, which are tensors (:class:`fxmse.states.State`).
 """
 
 import functools
@@ -9,18 +10,19 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.quantization import DynamicType, QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from compressed_tensors.registry import RegistryMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxmse.errors import Range
 from fxmse.layout import Layout
 from fxmse.numerics import Format, calculate_global_scale, round_scale
 from fxmse.search import SearchOptions, check_argument, measure_range, search, search_global_range
+from fxmse.states import State, Stateful
 
 __all__ = [
     "ExpandedMSEOptions",
@@ -33,32 +35,10 @@ __all__ = [
     "MovingAverageMSEObserver",
     "NVFP4ExpandedMSEObserver",
     "Observer",
-    "State",
     "StaticMinMaxObserver",
     "cover_ranges",
     "describe_non_finite",
 ]
-
-
-class State(NamedTuple):
-    """What an observer keeps, in units of x; None before the first value.
-
-    Attributes:
-        range: of each group, shape qparam_shape.
-        global_range: shape (1,), for tensor_group: the range that the global scale follows from.
-    """
-
-    range: Range | None = None
-    global_range: Range | None = None
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors that are there."""
-        return [tensor for kept in self if kept is not None for tensor in kept]
-
-
-# The buffers that hold a state, in the order of its tensors; the first two have llm-compressor's names.
-_BUFFERS = ("min_vals", "max_vals", "global_min_vals", "global_max_vals")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +99,7 @@ class MovingAverageMSEOptions(MSEOptions, AverageOptions):
         AverageOptions.__post_init__(self)
 
 
-class Observer(nn.Module, RegistryMixin):
+class Observer(Stateful[State], RegistryMixin):
     """Finds the quantization parameters of one value from the samples of it that it is shown.
 
     Where ``args.dynamic`` is "local" only the global scale is found; each value brings the rest.
@@ -131,15 +111,14 @@ class Observer(nn.Module, RegistryMixin):
 
     Attributes:
         name: what the value is called in messages; "" outside of a graph.
-        needs_importance: whether a weight is searched only after the activations that meet it were seen.
 
     Raises:
         ValueError: an argument that is misspelt or out of range, a strategy that makes no sense for the role, or a
             dynamic value, which there is nothing to observe of.
     """
 
+    state_class = State
     options_class: ClassVar[type] = NoOptions
-    needs_importance: ClassVar[bool] = False
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         super().__init__()
@@ -152,9 +131,6 @@ class Observer(nn.Module, RegistryMixin):
         self.layout = Layout.of(args, base_name)
         self.format = Format.of(args)
         self.options = self._parse_options({**(args.observer_kwargs or {}), **observer_kwargs})
-        self.value_dtype = torch.float32
-        for name in _BUFFERS:
-            self.register_buffer(name, None)
 
     @classmethod
     def load_from_registry(cls, name: str, **kwargs: Any) -> "Observer":
@@ -182,24 +158,14 @@ class Observer(nn.Module, RegistryMixin):
         return cls.options_class(**kwargs)
 
     @property
-    def state(self) -> State:
-        """What has been kept so far; assign it to go back to an earlier state."""
-        low, high, global_low, global_high = (getattr(self, name) for name in _BUFFERS)
-        return State(
-            None if low is None else Range(low, high), None if global_low is None else Range(global_low, global_high)
-        )
-
-    @state.setter
-    def state(self, state: State) -> None:
-        tensors = [tensor for kept in state for tensor in (kept or (None, None))]
-        for name, tensor in zip(_BUFFERS, tensors, strict=True):
-            if getattr(self, name) is not tensor:  # a module's attributes are slow to set
-                setattr(self, name, tensor)
+    def needs_importance(self) -> bool:
+        """Whether a weight is searched only after the activations that meet it were seen."""
+        return False
 
     @property
     def has_statistics(self) -> bool:
         """Whether any value has been seen."""
-        return (self.global_min_vals if self.is_local else self.min_vals) is not None
+        return self.like is not None
 
     def forward(self, value: Tensor) -> "Observer":
         """Takes one more value into account and returns the observer itself.
@@ -213,7 +179,7 @@ class Observer(nn.Module, RegistryMixin):
         """
         before = self.state
         self.observe(value)
-        if not all(tensor.isfinite().all() for tensor in self.state.tensors):
+        if not all(tensor.isfinite().all() for tensor in self.state.witnesses):
             self.state = before
             raise ValueError(f"{self.base_name} {describe_non_finite(value)}: nothing of it was kept")
         return self
@@ -227,26 +193,68 @@ class Observer(nn.Module, RegistryMixin):
             return
         if not value.is_floating_point():
             raise ValueError(f"{self.base_name} has dtype {value.dtype}: expected a float dtype")
-        self.value_dtype = value.dtype
-        self.state = self.update(self.state, value)
+        self.state = self.update(self._meet(self.state, value), value)
+
+    def _meet(self, state: State, value: Tensor) -> State:
+        """The state with what it has to know of a value's dtype and device."""
+        if state.like is None:
+            return state._replace(like=value.new_empty(0))
+        if state.like.device != value.device:  # as after loading
+            state = state.to(value.device)
+        return self.widen(state, value.dtype)
+
+    def widen(self, state: State, dtype: torch.dtype) -> State:
+        """The state of values some of which have another dtype."""
+        assert state.like is not None
+        wide = torch.promote_types(state.like.dtype, dtype)
+        return state if wide == state.like.dtype else state._replace(like=state.like.to(wide))
+
+    def init(self) -> State:
+        """The state before the first value."""
+        return State()
 
     def update(self, state: State, value: Tensor) -> State:
-        """The state after ``value`` was seen."""
+        """The state after ``value`` was seen, whose dtype and device ``state.like`` already has."""
         if self.layout.strategy == "tensor_group":
             state = self.update_global(state, value)
         return state if self.is_local else self._update_groups(state, value)
 
+    def merge(self, state: State, other: State) -> State:
+        """The state after all that two states have seen, ``other``'s after ``state``'s."""
+        if state.like is None or other.like is None:
+            return state if other.like is None else other
+        other = self.widen(other.to(state.like.device), state.like.dtype)
+        assert other.like is not None
+        return self._merge_seen(self.widen(state, other.like.dtype), other)
+
+    def _merge_seen(self, state: State, other: State) -> State:
+        """:meth:`merge`, where both have seen something; here, the ranges by :meth:`accumulate`."""
+        if state.range is not None and other.range is not None:
+            state = state.with_range(self.accumulate(state.range, other.range))
+        if state.global_range is not None and other.global_range is not None:
+            state = state.with_global_range(self.accumulate(state.global_range, other.global_range))
+        return state
+
+    def finish(self, state: State) -> State:
+        """The state with the ranges that qparams follow from; here it has them already."""
+        return state
+
     def update_with_global(self, state: State, value: Tensor, global_range: Range) -> State:
         """The state after ``value`` was seen, with a global scale that follows from a range found elsewhere."""
-        return self._update_groups(state._replace(global_range=global_range), value)
+        return self._update_groups(self._meet(state, value).with_global_range(global_range), value)
 
     def _update_groups(self, state: State, value: Tensor) -> State:
         measured = self.measure(value, self._global_scale_of(state))
-        return state._replace(range=self.merge(state.range, measured))
+        return state.with_range(self.accumulate(state.range, measured))
 
     def update_global(self, state: State, value: Tensor) -> State:
         """The state with the range that tensor_group's global scale follows from brought up to date."""
-        return state._replace(global_range=self.merge(state.global_range, self.measure_global(value)))
+        return state.with_global_range(self.accumulate(state.global_range, self.measure_global(value)))
+
+    @staticmethod
+    def find_shared_global_range(observers: "Sequence[Observer]", weights: Sequence[Tensor]) -> Range:
+        """The range of the global scale that weights share which were observed; here that which covers theirs."""
+        return cover_ranges([o.state.global_range for o in observers if o.state.global_range is not None])
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The range of each of the value's groups; here from its smallest to its largest element."""
@@ -256,7 +264,7 @@ class Observer(nn.Module, RegistryMixin):
         """The range of all of the value."""
         return measure_range(value, self.layout.as_one_group())
 
-    def merge(self, old: Range | None, new: Range) -> Range:
+    def accumulate(self, old: Range | None, new: Range) -> Range:
         """The range kept after ``new`` was measured; here the newest."""
         return new
 
@@ -275,17 +283,18 @@ class Observer(nn.Module, RegistryMixin):
         Raises:
             ValueError: no value has been seen, or one that was not finite.
         """
-        state = self.state
         if not self.has_statistics:
             raise ValueError(f"the {self.base_name} observer has seen no value: call observer(value) first")
-        if not all(tensor.isfinite().all() for tensor in state.tensors):
+        if not all(tensor.isfinite().all() for tensor in self.state.witnesses):
             raise ValueError(f"the {self.base_name} observer has seen NaN or Inf: calibrate again without that batch")
+        state = self.finish(self.state)
+        assert state.like is not None
         global_scale = self._global_scale_of(state)
         if state.range is None:
             return {"scale": None, "zero_point": None, "global_scale": global_scale}
         scale, zero_point = calculate_qparams(*state.range, self.args, global_scale)
         if global_scale is None:
-            scale = round_scale(scale, self.value_dtype).to(self.value_dtype)
+            scale = round_scale(scale, state.like.dtype).to(state.like.dtype)
         return {"scale": scale, "zero_point": zero_point, "global_scale": global_scale}
 
     def extra_repr(self) -> str:
@@ -313,29 +322,54 @@ class MemorylessMinMaxObserver(Observer):
 class StaticMinMaxObserver(Observer):
     """Keeps the smallest and largest element of all values."""
 
-    def merge(self, old: Range | None, new: Range) -> Range:
+    def accumulate(self, old: Range | None, new: Range) -> Range:
         """The range that covers both."""
         if old is None:
             return new
         return cover_ranges([old, new])
 
 
-def _average(old: Range | None, new: Range, constant: float) -> Range:
-    """Old * (1 - constant) + new * constant, the first range as it is."""
-    if old is None or constant == 1:
-        return new
-    return Range(*((a * (1 - constant)).add(b, alpha=constant) for a, b in zip(old, new, strict=True)))
+def _average(old: Range, new: Range, constant: float | Tensor) -> Range:
+    """Old * (1 - constant) + new * constant."""
+    return Range(*(torch.lerp(a, b, constant) for a, b in zip(old, new, strict=True)))
+
+
+class _AveragingObserver(Observer):
+    """Keeps a moving average of each value's range.
+
+    That of two halves of the data is the average of theirs, each weighed by how many values it is of. A moving average
+    depends on the order of the values, so that this is near the one of all of them, not equal to it.
+    """
+
+    def update(self, state: State, value: Tensor) -> State:
+        """As :meth:`Observer.update`."""
+        num_values = torch.ones((), dtype=torch.int64, device=value.device)
+        if state.num_values is not None:
+            num_values = num_values + state.num_values
+        return super().update(state, value)._replace(num_values=num_values)
+
+    def accumulate(self, old: Range | None, new: Range) -> Range:
+        """The moving average; the first range as it is."""
+        constant = self.options.averaging_constant
+        return new if old is None or constant == 1 else _average(old, new, constant)
+
+    def _merge_seen(self, state: State, other: State) -> State:
+        assert state.num_values is not None
+        assert other.num_values is not None
+        num_values = state.num_values + other.num_values
+        part = (other.num_values / num_values).float()
+        if state.range is not None and other.range is not None:
+            state = state.with_range(_average(state.range, other.range, part))
+        if state.global_range is not None and other.global_range is not None:
+            state = state.with_global_range(_average(state.global_range, other.global_range, part))
+        return state._replace(num_values=num_values)
 
 
 @Observer.register("minmax")
-class MinMaxObserver(Observer):
+class MinMaxObserver(_AveragingObserver):
     """Keeps a moving average of each value's smallest and largest element (:class:`AverageOptions`)."""
 
     options_class = AverageOptions
-
-    def merge(self, old: Range | None, new: Range) -> Range:
-        """The moving average."""
-        return _average(old, new, self.options.averaging_constant)
 
 
 class MSEObserver(Observer):
@@ -444,11 +478,7 @@ class FourOverSixObserver(NVFP4ExpandedMSEObserver):
 
 
 @Observer.register("mse")
-class MovingAverageMSEObserver(MSEObserver):
+class MovingAverageMSEObserver(_AveragingObserver, MSEObserver):
     """Keeps a moving average of each value's best range (:class:`MovingAverageMSEOptions`)."""
 
     options_class = MovingAverageMSEOptions
-
-    def merge(self, old: Range | None, new: Range) -> Range:
-        """The moving average."""
-        return _average(old, new, self.options.averaging_constant)

@@ -173,10 +173,10 @@ def _check_finite(
     run: Callable[[], object],
 ) -> None:
     """Raises ValueError naming the sites that saw NaN or Inf, and how many; one synchronisation where all is well."""
-    tensors = [tensor.flatten() for watcher in watchers.values() for tensor in watcher.state.tensors]
+    tensors = [tensor.flatten() for watcher in watchers.values() for tensor in watcher.state.witnesses]
     if not tensors or torch.cat(tensors).isfinite().all():
         return
-    bad = {n: w for n, w in watchers.items() if not all(tensor.isfinite().all() for tensor in w.state.tensors)}
+    bad = {n: w for n, w in watchers.items() if not all(tensor.isfinite().all() for tensor in w.state.witnesses)}
     # The values themselves are gone: look at them again while the same data runs once more.
     found: dict[str, str] = {}
     _restore(watchers, before)

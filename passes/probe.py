@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,10 @@ from torch.fx import GraphModule, Node
 
 from fxmse.config import Site, check_dynamic_shape
 from fxmse.importance import Importance
-from fxmse.observers import Observer, State, cover_ranges
+from fxmse.observers import Observer
 from fxmse.passes.base import get_attribute
 from fxmse.passes.weight_view import WeightView
+from fxmse.states import State
 
 __all__ = [
     "Probe",
@@ -50,7 +52,7 @@ class Probe(nn.Module):
         self.view = view
         self.global_group = global_group
         self.given: dict[str, Tensor | None] | None = None  # qparams that take the place of the observer's
-        self._version_seen: tuple[int, int] | None = None
+        self._version_seen: tuple[int, int] | None = None  # None: what is known of the weight comes from elsewhere
         if observer:
             observer.name = self.name
 
@@ -102,9 +104,13 @@ class Probe(nn.Module):
             return self.has_statistics
         # Inference tensors have no version: those are known by their place alone.
         version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        is_known = self.has_statistics and version == self._version_seen
+        is_known = self.has_statistics and self._version_seen in (None, version)
         self._version_seen = version
         return is_known
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._version_seen = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """What the probe looks at."""
@@ -170,10 +176,10 @@ def finish_weights(graph_module: GraphModule) -> None:
             groups[probe.global_group].append(probe)
     for probes in groups.values():
         observers = [probe.observer for probe in probes if probe.observer]
-        ranges = [observer.state.global_range for observer in observers if observer.state.global_range]
-        shared = cover_ranges(ranges)
-        for probe, observer, own in zip(probes, observers, ranges, strict=True):
-            if not all(map(torch.equal, own, shared)):
+        shared = observers[0].find_shared_global_range(observers, [weights[probe] for probe in probes])
+        for probe, observer in zip(probes, observers, strict=True):
+            own = observer.state.global_range
+            if own is None or not all(map(torch.equal, own, shared)):
                 observer.state = observer.update_with_global(State(), weights[probe], shared)
 
 
