@@ -30,8 +30,8 @@ from torch.fx import GraphModule
 
 import fxmse
 from fxmse.compiling import compilation
-from fxmse.states import State
 from fxmse.passes.probe import find_probes
+from fxmse.states import State
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

@@ -157,6 +157,11 @@ def _count_by_index(values_OQG: Tensor, patterns: _Patterns, counts: Tensor) -> 
                 counts[group].index_add_(0, index, one.expand(len(index)))
 
 
+def count_patterns(dtype: torch.dtype) -> int:
+    """How many entries a table of values of ``dtype`` has."""
+    return _Patterns.of(dtype).size
+
+
 def count_non_finite(counts: Tensor, dtype: torch.dtype) -> Tensor:
     """How many values of ``dtype`` were NaN or Inf, no dimension."""
     by_exponent = counts.unflatten(1, (2, 1 << _Patterns.of(dtype).num_exponent_bits, -1))

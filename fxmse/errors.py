@@ -6,6 +6,7 @@ group or of such a part.
 
 import functools
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,19 +19,31 @@ from fxmse.numerics import Format, Grid, keep
 from fxmse.power import AbsolutePower
 
 __all__ = [
+    "HALF",
+    "MAX_COPIED",
+    "MAX_TABLE",
     "Arithmetic",
     "Range",
     "Tile",
     "as_readable",
+    "count_parts",
+    "cover_ranges",
     "cut_groups",
     "holds_pairs",
     "measure",
     "split_pairs",
-    "sum_powers_in_parts",
+    "sum_moments",
+    "sum_powers",
 ]
 
 # Uncompiled, so many errors are held at a time.
 _MAX_EAGER = 1 << 20
+MAX_TABLE = 1 << 18
+"""Entries of a table [C, Q]: 1 MiB in float32, 2 MiB in float64, whatever the value's size."""
+MAX_COPIED = 1 << 18
+"""Elements of half precision that are copied to float32 at a time, where they cannot be read as pairs."""
+HALF = (torch.bfloat16, torch.float16)
+"""The dtypes of half precision."""
 # Groups are cut into parts of one of these lengths. It is a constant of the graph: the innermost loop needs no check
 # for its end then and is two to three times as fast, and float32 sums of so few errors are exact enough.
 _PARTS = (128, 64, 32, 16)
@@ -58,6 +71,11 @@ class Range(NamedTuple):
 
     min: Tensor
     max: Tensor
+
+
+def cover_ranges(ranges: Sequence[Range]) -> Range:
+    """The range that covers all of ``ranges``, which have one shape."""
+    return Range(torch.stack([r.min for r in ranges]).amin(0), torch.stack([r.max for r in ranges]).amax(0))
 
 
 class Tile(NamedTuple):
@@ -102,6 +120,16 @@ def measure(_: None, values_OQPG: Tensor) -> Range:
     return Range(values_OQPG.amin(dims).flatten().float(), values_OQPG.amax(dims).flatten().float())
 
 
+def count_parts(arithmetic: Arithmetic, values_OQPG: Tensor, num_candidates: int) -> int:
+    """Into how many parts the observations are cut, so that copies and tables stay small."""
+    if is_traced(values_OQPG):
+        return 1
+    num_parts = -(-values_OQPG.shape[:-1].numel() * num_candidates // MAX_TABLE)
+    if values_OQPG.dtype in HALF and not arithmetic.reads_pairs:
+        num_parts = max(num_parts, -(-values_OQPG.numel() // MAX_COPIED))
+    return max(1, min(num_parts, len(values_OQPG)))
+
+
 def as_readable(arithmetic: Arithmetic, values_OQPG: Tensor) -> Tensor:
     """What ``_sum_errors`` reads: a view of pairs, or float32."""
     if arithmetic.reads_pairs:
@@ -109,47 +137,93 @@ def as_readable(arithmetic: Arithmetic, values_OQPG: Tensor) -> Tensor:
     return values_OQPG if is_traced(values_OQPG) else values_OQPG.float()
 
 
-def sum_powers_in_parts(
+def sum_powers(
     arithmetic: Arithmetic,
     values_OQPG: Tensor,
     scale_CQ: Tensor,
     zero_point_CQ: Tensor | None,
     weights_OQPG: Tensor | None,
 ) -> Tensor:
-    """``_sum_powers``, uncompiled so many candidates at a time as may be copies of the data."""
+    """sum(weight * |e| ** norm) over O and G for each candidate, shape [C, Q].
+
+    e is the error in units of the scale, round_to_grid(x / scale) - x / scale. A row's are summed up in float32 while
+    it is in cache, the rows' in float64.
+    """
+    return _sum(_list_powers, arithmetic, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG)[0]
+
+
+def sum_moments(
+    arithmetic: Arithmetic,
+    values_OQPG: Tensor,
+    scale_CQ: Tensor,
+    zero_point_CQ: Tensor | None,
+    weights_OQPG: Tensor | None,
+) -> Tensor:
+    """The sums of weight * e ** 2, weight * e * q and weight * q ** 2, shape [3, C, Q], e as in :func:`sum_powers`.
+
+    q is what x is quantized to, in units of the scale. While no x is quantized to something else, a scale that is
+    1 + d times as large has the squared error sum(e ** 2) + 2 * d * sum(e * q) + d ** 2 * sum(q ** 2).
+    """
+    return torch.stack(_sum(_list_moments, arithmetic, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG))
+
+
+_Terms = Callable[[Arithmetic, Tensor, Tensor], list[Tensor]]
+
+
+def _list_powers(arithmetic: Arithmetic, error: Tensor, scaled: Tensor) -> list[Tensor]:
+    return [arithmetic.power(error)]
+
+
+def _list_moments(arithmetic: Arithmetic, error: Tensor, scaled: Tensor) -> list[Tensor]:
+    quantized = scaled + error
+    return [error * error, error * quantized, quantized * quantized]
+
+
+def _sum(
+    list_terms: _Terms,
+    arithmetic: Arithmetic,
+    values_OQPG: Tensor,
+    scale_CQ: Tensor,
+    zero_point_CQ: Tensor | None,
+    weights_OQPG: Tensor | None,
+) -> list[Tensor]:
+    """The sums of terms, uncompiled of so many candidates at a time as may be copies of the data."""
     if torch.compiler.is_compiling():
         # There the candidates are a loop around a row that stays in cache.
-        return _sum_powers(arithmetic, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG)
+        return _sum_at_once(list_terms, arithmetic, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG)
     at_a_time = max(1, min(len(scale_CQ), _MAX_EAGER // values_OQPG.numel()))
     parts = []
     for start in range(0, len(scale_CQ), at_a_time):
         some = slice(start, start + at_a_time)
         zero_point = None if zero_point_CQ is None else zero_point_CQ[some]
-        parts.append(_sum_powers(arithmetic, values_OQPG, scale_CQ[some], zero_point, weights_OQPG))
-    return torch.cat(parts)
+        parts.append(_sum_at_once(list_terms, arithmetic, values_OQPG, scale_CQ[some], zero_point, weights_OQPG))
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def _sum_powers(
+def _sum_at_once(
+    list_terms: _Terms,
     arithmetic: Arithmetic,
     values_OQPG: Tensor,
     scale_CQ: Tensor,
     zero_point_CQ: Tensor | None,
     weights_OQPG: Tensor | None,
-) -> Tensor:
-    """sum(weight * |round_to_grid(x / scale) - x / scale| ** norm) over O and G, shape [C, Q].
-
-    A row's errors are summed up in float32 while it is in cache, the rows' in float64.
-    """
+) -> list[Tensor]:
     # fake_quantize's error is continuous in x / scale, so that a reciprocal off by an ulp changes it by an ulp.
     shape_CQ11 = (len(scale_CQ), *values_OQPG.shape[1:-2], 1, 1)
     reciprocal = keep(scale_CQ.reciprocal()).reshape(shape_CQ11)
     zero_point = None if zero_point_CQ is None else zero_point_CQ.reshape(shape_CQ11)
-    values = split_pairs(arithmetic, values_OQPG)
-    powers = [arithmetic.power(_round(part[:, None], reciprocal, zero_point, arithmetic.format)) for part in values]
-    powers_OCQPG = functools.reduce(torch.add, powers)
-    if weights_OQPG is not None:
-        powers_OCQPG = powers_OCQPG * weights_OQPG[:, None]
-    sums_OCQP = powers_OCQPG.sum(-1)
+    terms = [
+        list_terms(arithmetic, *_round(part[:, None], reciprocal, zero_point, arithmetic.format))
+        for part in split_pairs(arithmetic, values_OQPG)
+    ]
+    weights_O1QPG = None if weights_OQPG is None else weights_OQPG[:, None]
+    return [_sum_rows(functools.reduce(torch.add, term), weights_O1QPG) for term in zip(*terms, strict=True)]
+
+
+def _sum_rows(terms_OCQPG: Tensor, weights_O1QPG: Tensor | None) -> Tensor:
+    if weights_O1QPG is not None:
+        terms_OCQPG = terms_OCQPG * weights_O1QPG
+    sums_OCQP = terms_OCQPG.sum(-1)
     if sums_OCQP.shape[0] == sums_OCQP.shape[-1] == 1:
         return sums_OCQP[0, ..., 0].flatten(1)
     return sums_OCQP.sum((0, -1), dtype=torch.float64).flatten(1)
@@ -167,8 +241,8 @@ def split_pairs(arithmetic: Arithmetic, values_OQPG: Tensor) -> list[Tensor]:
     return [(bits * (1 << 16)).view(torch.float32), -(bits & -(1 << 16)).view(torch.float32)]
 
 
-def _round(values: Tensor, reciprocal: Tensor, zero_point: Tensor | None, format: Format) -> Tensor:
-    """The error of rounding x / scale, in units of the scale; up to its sign."""
+def _round(values: Tensor, reciprocal: Tensor, zero_point: Tensor | None, format: Format) -> tuple[Tensor, Tensor]:
+    """The error of rounding x / scale, in units of the scale, and x / scale; both of -x where that is the same."""
     grid = format.grid
     if grid.type == "int":
         return _round_to_integer(values, reciprocal, grid, zero_point)
@@ -176,11 +250,13 @@ def _round(values: Tensor, reciprocal: Tensor, zero_point: Tensor | None, format
         return _round_to_float(values, reciprocal, grid)
     scaled, zero_point = values * reciprocal, keep(zero_point)
     rounded = grid.round((scaled + zero_point).clamp(grid.qmin, grid.qmax))
-    return (rounded - zero_point) - scaled
+    return (rounded - zero_point) - scaled, scaled
 
 
-def _round_to_integer(values: Tensor, reciprocal: Tensor, grid: Grid, zero_point: Tensor | None) -> Tensor:
-    """The error of rounding x / scale to an integer grid, in units of the scale.
+def _round_to_integer(
+    values: Tensor, reciprocal: Tensor, grid: Grid, zero_point: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``_round`` for an integer grid.
 
     1.5 * 2 ** 23 has the adder round, half to even. Positive floats are ordered as their bits are, and negative ones
     below them, so that the clamp is one of integers: one instruction a bound, where one of floats that passes NaN on
@@ -195,11 +271,11 @@ def _round_to_integer(values: Tensor, reciprocal: Tensor, grid: Grid, zero_point
         # A whole zero point moves the grid by whole steps: moving the bounds instead keeps x / scale exact.
         steps = zero_point.to(torch.int32)
         bits = torch.minimum(torch.maximum(bits, keep(low - steps)), keep(high - steps))
-    return (bits.view(torch.float32) - shift) - values * reciprocal
+    return (bits.view(torch.float32) - shift) - values * reciprocal, values * reciprocal
 
 
-def _round_to_float(values: Tensor, reciprocal: Tensor, grid: Grid) -> Tensor:
-    """The error of rounding |x| / scale to a float grid, in units of the scale; both signs have the same.
+def _round_to_float(values: Tensor, reciprocal: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """``_round`` for a float grid, of |x|.
 
     As ``Grid.round``, with the clamp one of integers: see ``_round_to_integer``.
     """
@@ -208,7 +284,7 @@ def _round_to_float(values: Tensor, reciprocal: Tensor, grid: Grid) -> Tensor:
     power = (clamped & 0x7F80_0000).clamp(min=_to_bits(2.0**grid.min_exponent)).view(torch.float32)
     shift = power * 2.0 ** (23 - grid.mantissa_bits)
     rounded = (clamped.view(torch.float32) + shift) - shift
-    return rounded - magnitudes * reciprocal
+    return rounded - magnitudes * reciprocal, magnitudes * reciprocal
 
 
 def _to_bits(value: float) -> int:

@@ -17,8 +17,10 @@ __all__ = [
     "IMatrixMSEObserver",
     "Importance",
     "ImportanceMSEOptions",
+    "ImportanceObserver",
     "ImportanceState",
     "NVFP4ExpandedIMatrixObserver",
+    "check_importance_options",
 ]
 
 _STRATEGIES = ("channel", "group", "tensor_group")
@@ -51,6 +53,10 @@ class Importance(Stateful[ImportanceState]):
     squares: Tensor | None
     num_tokens: Tensor | None
 
+    def init(self) -> ImportanceState:
+        """The state before the first value."""
+        return ImportanceState()
+
     def merge(self, state: ImportanceState, other: ImportanceState) -> ImportanceState:
         """The state after all that two states have seen."""
         if state.squares is None or state.num_tokens is None:
@@ -78,8 +84,8 @@ class Importance(Stateful[ImportanceState]):
             squares = torch.where(is_kept[..., None], squares, 0.0)
             num_tokens = is_kept.sum().double()
         total = squares.reshape(-1, x.shape[-1]).sum(0)
-        self.squares = total if self.squares is None else self.squares + total
-        self.num_tokens = num_tokens if self.num_tokens is None else self.num_tokens + num_tokens
+        # What was loaded may be on another device than x.
+        self.state = self.merge(ImportanceState(total, num_tokens), self.state)
         return x
 
     def mean(self) -> Tensor | None:
@@ -87,6 +93,14 @@ class Importance(Stateful[ImportanceState]):
         if self.squares is None or self.num_tokens is None or not self.num_tokens:
             return None
         return (self.squares / self.num_tokens).float()
+
+
+def check_importance_options(strict: object, mask: object) -> None:
+    """Raises ValueError where an argument is none that :class:`ImportanceObserver` takes."""
+    if not isinstance(strict, bool):
+        raise ValueError(f"strict={strict!r}: expected True or False")
+    if mask is not None and not isinstance(mask, str):
+        raise ValueError(f"mask={mask!r}: expected the name of one of the graph's inputs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +125,7 @@ class ImportanceMSEOptions(MSEOptions):
     def __post_init__(self) -> None:
         """Raises ValueError naming the argument that is out of range."""
         super().__post_init__()
-        if not isinstance(self.strict, bool):
-            raise ValueError(f"strict={self.strict!r}: expected True or False")
-        if self.mask is not None and not isinstance(self.mask, str):
-            raise ValueError(f"mask={self.mask!r}: expected the name of one of the graph's inputs")
+        check_importance_options(self.strict, self.mask)
 
     def _check_limits(self) -> None:
         check_argument("maxshrink", self.maxshrink, "a number in [0, 1]", lambda v: 0 <= v <= 1)
@@ -135,30 +146,23 @@ class ExpandedImportanceMSEOptions(ImportanceMSEOptions):
     expand: float = 1.8
 
 
-@Observer.register("imatrix_mse")
-class IMatrixMSEObserver(MSEObserver):
-    """``memoryless_mse`` for weights, each error times E[x ** 2] of its input channel (:class:`ImportanceMSEOptions`).
+class ImportanceObserver(Observer):
+    """An observer of weights that can take into account how large the activations are that meet each channel.
 
     Show ``importance`` the activations, then the observer the weight. Without importance that can be used the errors
-    count alike, and a warning says why; where ``strict``, that is a ValueError.
-
-    Source: llm-compressor 0.14 ``IMatrixMSEObserver``.
+    count alike, and a warning says why; where ``strict``, that is a ValueError. Its options have ``strict`` and
+    ``mask``.
     """
 
-    options_class = ImportanceMSEOptions
+    importance: Importance | None
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         super().__init__(base_name, args, **observer_kwargs)
-        self.importance = Importance()
-
-    @property
-    def needs_importance(self) -> bool:
-        """Yes."""
-        return True
+        self.importance = Importance() if self.needs_importance else None
 
     def observe(self, value: Tensor) -> None:
         """As :meth:`Observer.observe`; says why where there is no importance to search with."""
-        if reason := self._find_fault(value):
+        if self.importance is not None and (reason := self._find_fault(self.importance, value)):
             message = f"{self.name or self.base_name}: {type(self).__name__} has {reason}"
             if self.options.strict:
                 raise ValueError(message)
@@ -167,20 +171,21 @@ class IMatrixMSEObserver(MSEObserver):
 
     def find_importance(self, value: Tensor) -> Tensor | None:
         """E[x ** 2] of each channel by its mean over them, float32; None where it cannot be used."""
-        mean = self.importance.mean()
-        if mean is None or self._find_fault(value):
+        if self.importance is None or self._find_fault(self.importance, value):
             return None
+        mean = self.importance.mean()
+        assert mean is not None
         # The channels' sum may leave float32 where none of them does.
         average = mean.double().mean() + torch.finfo(torch.float32).tiny
         return (mean / average).float().to(value.device)
 
-    def _find_fault(self, value: Tensor) -> str | None:
+    def _find_fault(self, importance: Importance, value: Tensor) -> str | None:
         """Why the importance cannot be used."""
         if self.base_name != "weight":
             return f"no meaning for a value of role {self.base_name}: expected a weight"
         if self.layout.strategy not in _STRATEGIES:
             return f"no meaning for strategy={self.layout.strategy}: expected {', '.join(_STRATEGIES)}"
-        mean = self.importance.mean()
+        mean = importance.mean()
         if mean is None:
             return "seen no activations: run calibration data through the graph first"
         if len(mean) != value.shape[-1]:
@@ -191,6 +196,21 @@ class IMatrixMSEObserver(MSEObserver):
             ((mean == 0).all(), "seen activations that are all 0"),
         )
         return next((fault for is_so, fault in faults if is_so), None)
+
+
+@Observer.register("imatrix_mse")
+class IMatrixMSEObserver(ImportanceObserver, MSEObserver):
+    """``memoryless_mse`` for weights, each error times E[x ** 2] of its input channel (:class:`ImportanceMSEOptions`).
+
+    Source: llm-compressor 0.14 ``IMatrixMSEObserver``.
+    """
+
+    options_class = ImportanceMSEOptions
+
+    @property
+    def needs_importance(self) -> bool:
+        """Yes."""
+        return True
 
 
 @Observer.register("nvfp4_expanded_imatrix")

@@ -16,6 +16,7 @@ __all__ = [
     "Grid",
     "calculate_exact_scale",
     "calculate_global_scale",
+    "calculate_range_of_scale",
     "calculate_scale_and_zero_point",
     "count_stored_scales",
     "keep",
@@ -29,6 +30,7 @@ _INT_BITS = range(2, 17)  # what float32 rounds exactly, and with room to spare
 # The scales of a tensor_group format are e4m3; together scale and element span 448 * 6.
 _GLOBAL_RANGE = _FLOAT_FORMATS[8][2] * _FLOAT_FORMATS[4][2]
 
+_MX_EXPONENTS = {4: 2, 6: 2, 8: 8}  # floor(log2(largest)) of an element, by its bits
 _E4M3_STAND_IN = 0.125  # what compressed-tensors stores for a zero scale
 _E4M3_CODES = 127  # non-negative values, 0 to 448
 _E4M3_OFFSET = 120 << 3  # the difference of the exponents' biases, above three mantissa bits
@@ -193,6 +195,24 @@ def calculate_exact_scale(min: Tensor, max: Tensor, format: Format, global_scale
     return scale if global_scale is None else global_scale * scale
 
 
+def calculate_range_of_scale(scale: Tensor, zero_point: Tensor | None, format: Format) -> tuple[Tensor, Tensor]:
+    """A range that :func:`calculate_scale_and_zero_point` gives this scale and zero point for.
+
+    Args:
+        scale: as it is stored, less the global scale; any shape.
+        zero_point: a whole number, or None for 0; of a symmetric format it is.
+        format: the format.
+    """
+    grid = format.grid
+    if format.is_mx:
+        absmax = scale * 2.0 ** _MX_EXPONENTS[grid.num_bits]
+        return -absmax, absmax
+    if format.symmetric or zero_point is None:
+        absmax = scale * ((grid.qmax - grid.qmin) / 2)
+        return -absmax, absmax
+    return scale * (grid.qmin - zero_point), scale * (grid.qmax - zero_point)
+
+
 def count_stored_scales(format: Format, shrink: float) -> int | None:
     """How many different scales at most ranges of one group are stored as, from its own to ``shrink`` times that.
 
@@ -287,7 +307,6 @@ def _get_mx_carry(num_bits: int) -> int:
 
 def _store_mx_scale(absmax: Tensor, num_bits: int) -> Tensor:
     """The power of two that an E8M0 scale stores, less the element's exponent; in ``absmax``'s dtype."""
-    element_exponent = {4: 2, 6: 2, 8: 8}[num_bits]  # floor(log2(largest))
     power = ((absmax.float().view(torch.int32) + _get_mx_carry(num_bits)) & 0x7F80_0000).view(torch.float32)
-    scale = (power * 2.0**-element_exponent).clamp(min=2.0**-127, max=2.0**127).to(absmax.dtype)
+    scale = (power * 2.0 ** -_MX_EXPONENTS[num_bits]).clamp(min=2.0**-127, max=2.0**127).to(absmax.dtype)
     return torch.where(scale == 0, 1.0, scale)  # float16 cannot hold the smallest

@@ -18,7 +18,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from compressed_tensors.registry import RegistryMixin
 from torch import Tensor
 
-from fxmse.errors import Range
+from fxmse.errors import Range, cover_ranges
 from fxmse.layout import Layout
 from fxmse.numerics import Format, calculate_global_scale, round_scale
 from fxmse.search import SearchOptions, check_argument, measure_range, search, search_global_range
@@ -36,7 +36,6 @@ __all__ = [
     "NVFP4ExpandedMSEObserver",
     "Observer",
     "StaticMinMaxObserver",
-    "cover_ranges",
     "describe_non_finite",
 ]
 
@@ -209,6 +208,10 @@ class Observer(Stateful[State], RegistryMixin):
         wide = torch.promote_types(state.like.dtype, dtype)
         return state if wide == state.like.dtype else state._replace(like=state.like.to(wide))
 
+    def find_importance(self, value: Tensor) -> Tensor | None:
+        """How much the errors of each channel count, float32; None for all the same."""
+        return None
+
     def init(self) -> State:
         """The state before the first value."""
         return State()
@@ -300,11 +303,6 @@ class Observer(Stateful[State], RegistryMixin):
     def extra_repr(self) -> str:
         """What distinguishes this observer in a printed model."""
         return f"{self.base_name}, {self.layout.strategy}, {self.options}"
-
-
-def cover_ranges(ranges: Sequence[Range]) -> Range:
-    """The range that covers all of ``ranges``, which have one shape."""
-    return Range(torch.stack([r.min for r in ranges]).amin(0), torch.stack([r.max for r in ranges]).amax(0))
 
 
 def describe_non_finite(value: Tensor) -> str:
@@ -433,10 +431,6 @@ class MSEObserver(Observer):
             return search(value, self.format, layout, self.options, optimize_global_scale=True)
         importance = self.find_importance(value)
         return search_global_range(value, self.format, self.layout, self.options, importance=importance)
-
-    def find_importance(self, value: Tensor) -> Tensor | None:
-        """How much the errors of each channel count, float32; None for all the same."""
-        return None
 
     def update_global(self, state: State, value: Tensor) -> State:
         """As :meth:`Observer.update_global`, but a global scale that was given needs none."""

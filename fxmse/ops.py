@@ -1,5 +1,6 @@
 """Every torch.library registration: fake-quantize with its fake, autograd and decomposed forms, and the search."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxmse.counting import count, count_patterns
+from fxmse.layout import Layout
 from fxmse.numerics import Format, Grid, calculate_scale_and_zero_point
 from fxmse.observers import MSEObserver
 
@@ -189,3 +192,15 @@ def _measure_global(value: Tensor, spec: str) -> tuple[Tensor, Tensor]:
 @_measure_global.register_fake
 def _(value: Tensor, spec: str) -> tuple[Tensor, Tensor]:
     return value.new_empty(1, dtype=torch.float32), value.new_empty(1, dtype=torch.float32)
+
+
+@torch.library.custom_op("fxmse::count", mutates_args=())
+def _count(value: Tensor, counts: Tensor | None, base_name: str, strategy: str, group_size: int | None) -> Tensor:
+    """:func:`fxmse.counting.count` with a layout of these fields."""
+    return count(value, Layout(base_name, strategy, group_size), counts)
+
+
+@_count.register_fake
+def _(value: Tensor, counts: Tensor | None, base_name: str, strategy: str, group_size: int | None) -> Tensor:
+    num_groups = math.prod(Layout(base_name, strategy, group_size).qparam_shape(value.shape))
+    return value.new_empty((num_groups, count_patterns(value.dtype)), dtype=torch.int64)

@@ -3,7 +3,8 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,23 @@ from tqdm.auto import tqdm
 
 from fxmse.capture import capture, copy_graph_module, split_inputs
 from fxmse.config import Config
+from fxmse.distributed import agree_on_weights, check_alike, describe, merge_states, share_searches
 from fxmse.importance import Importance
 from fxmse.observers import describe_non_finite
 from fxmse.ops import is_fake_quantize
 from fxmse.passes import FoldFakeQuant, InsertObservers
-from fxmse.passes.probe import Probe, find_importances, find_probes, observe_weights
+from fxmse.passes.probe import (
+    Probe,
+    find_free_weights,
+    find_importances,
+    find_probes,
+    find_weights,
+    finish_weights,
+)
+from fxmse.ranks import Ranks, check_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["calibrate", "convert", "observe_or_roll_back", "prepare", "quantize"]
 
@@ -54,17 +67,32 @@ def prepare(
 
 @torch.no_grad()
 def calibrate(
-    observed: GraphModule, batches: Iterable[Any] = (), *, compile: bool = False, progress: bool = True
+    observed: GraphModule,
+    batches: Iterable[Any] = (),
+    *,
+    compile: bool = False,
+    progress: bool = True,
+    group: "ProcessGroup | None" = None,
+    timeout: timedelta = timedelta(minutes=30),
 ) -> GraphModule:
     """Runs sample data through an observed graph; weights are observed first, once.
+
+    With ``group`` that is the work of several processes, each of which calls this with an equal graph and a part of the
+    data. What they saw is merged: counts, minima and maxima are those of one process that is shown everything, bit for
+    bit; moving averages are averaged, each weighed by how many batches it is of. All ranks end with equal observers,
+    which have seen this call's data once and what they had seen before once.
 
     Args:
         observed: a graph from :func:`prepare`; its observers are updated.
         batches: each a dict of keyword arguments, a tuple or list of positional ones, or a tensor. A scheme that
-            quantizes weights only needs none.
+            quantizes weights only needs none. With ``group``, this rank's part: as many as there are, or none.
         compile: compile model and observers together, as one graph for batches of any size; the first batch is run as
             it is. Pays where so many batches come that the model's own compilation does.
-        progress: show a progress bar.
+        progress: show a progress bar (of a group, on its first rank).
+        group: the processes that calibrate together, of any backend, as ``torch.distributed.group.WORLD`` (which is
+            None before ``init_process_group``). Their connections of gloo's are made for this call.
+        timeout: with ``group``, how long a rank waits for another one: at least as long as the slowest may come, or
+            have to do, after the fastest.
 
     Returns:
         ``observed``.
@@ -72,17 +100,47 @@ def calibrate(
     Raises:
         ValueError: no batches where there are activations to observe; an empty batch; NaN or Inf in a weight or an
             activation. It names the sites, and the observers are as they were before that weight or batch, so that
-            calibration can go on with the next.
+            calibration can go on with the next. With ``group``, those of activations are as they were before this
+            call, on every rank, after any error. Or the ranks' graphs or states differ; it names the first difference.
+        RuntimeError: another rank failed, with its number and what it said; or its process ended, or did not answer
+            in time.
     """
-    probes = _get_probes(observed)
-    weights = {probe.name: probe for probe in probes if probe.is_weight and not probe.waits_for_importance}
-    observe_or_roll_back(weights, "the weights", lambda: observe_weights(observed))
-    activations = [probe for probe in probes if not probe.is_weight]
-    watchers: dict[str, Probe | Importance] = {probe.name: probe for probe in activations}
+    group = check_group(group)
+    is_shown = progress and (group is None or group.rank() == 0)
+    bar = tqdm(batches, desc="calibrate", unit="batch", disable=not is_shown)
+    if group is None:
+        _observe_weights(find_free_weights(observed))
+        num_batches = _observe_batches(observed, bar, compile)
+    else:
+        with Ranks(group, timeout) as ranks:
+            check_alike(ranks, {"the call": "calibrate", **describe(observed)})
+            weights = find_free_weights(observed)
+            agree_on_weights(ranks, weights)
+            unknown = {probe: rows for probe, rows in weights.items() if not probe.knows(rows)}
+            share_searches(ranks, unknown, _observe_weights)
+            run = functools.partial(_observe_batches, observed, ranks.watch(bar), compile)
+            num_batches = merge_states(ranks, observed, run)
+    unseen = [probe.name for probe in _get_probes(observed) if not probe.is_weight and not probe.has_statistics]
+    if unseen:
+        raise ValueError(
+            f"{num_batches} batches of calibration data showed nothing to {'; '.join(unseen)}: pass batches that reach "
+            "them"
+        )
+    return observed
+
+
+def _observe_weights(weights: Mapping[Probe, Tensor]) -> None:
+    probes = {probe.name: probe for probe in weights}
+    observe_or_roll_back(probes, "the weights", lambda: [probe(rows) for probe, rows in weights.items()])
+
+
+def _observe_batches(observed: GraphModule, batches: Iterable[Any], compile: bool) -> int:
+    """Runs batches through an observed graph, whose weights are known; returns how many."""
+    watchers: dict[str, Probe | Importance] = {p.name: p for p in _get_probes(observed) if not p.is_weight}
     watchers |= {str(node.target): importance for node, importance in find_importances(observed)}
     compiled = torch.compile(observed, fullgraph=True, dynamic=True) if compile else observed
     count = 0
-    for count, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress), 1):
+    for count, batch in enumerate(batches, 1):
         args, kwargs = split_inputs(batch)
         if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves((args, kwargs))):
             raise ValueError(f"batch {count} is empty: expected tensors of at least one element")
@@ -90,27 +148,36 @@ def calibrate(
         run = compiled if count > 1 else observed
         uncompiled = functools.partial(observed, *args, **kwargs)
         observe_or_roll_back(watchers, f"batch {count}", functools.partial(run, *args, **kwargs), uncompiled)
-    unseen = [probe.name for probe in activations if not probe.has_statistics]
-    if unseen:
-        raise ValueError(
-            f"{count} batches of calibration data showed nothing to {'; '.join(unseen)}: pass batches that reach them"
-        )
-    return observed
+    return count
 
 
-def convert(observed: GraphModule) -> GraphModule:
+@torch.no_grad()
+def convert(
+    observed: GraphModule, *, group: "ProcessGroup | None" = None, timeout: timedelta = timedelta(minutes=30)
+) -> GraphModule:
     """The observed graph with fake-quantize nodes in place of its observers.
 
     Args:
         observed: a calibrated graph; not changed, so that its calibration can go on.
+        group: as in :func:`calibrate`, after which all ranks can convert alone, too: some weights are searched here, by
+            the importance of their channels or for the global scale that they share, and a group shares them out.
+        timeout: as in :func:`calibrate`.
 
     Returns:
         A graph that shares the parameters. Its state dict has the qparams under compressed-tensors' names.
 
     Raises:
-        ValueError: sites that saw nothing (all are named); a graph without observers.
+        ValueError: sites that saw nothing (all are named); a graph without observers; with ``group``, ranks whose
+            graphs or states differ.
+        RuntimeError: as in :func:`calibrate`.
     """
     _get_probes(observed)
+    if group := check_group(group):
+        with Ranks(group, timeout) as ranks:
+            check_alike(ranks, {"the call": "convert", **describe(observed)})
+            agree_on_weights(ranks, find_weights(observed))
+            finish_weights(observed, functools.partial(share_searches, ranks))
+            ranks.leave()
     quantized = copy_graph_module(observed)
     FoldFakeQuant()(quantized)
     return quantized

@@ -28,15 +28,19 @@ from torch import Tensor
 
 from fxmse.compiling import MIN_COMPILED, is_traced, pays_to_compile, reads_flags, run, unrolls
 from fxmse.errors import (
+    HALF,
+    MAX_COPIED,
+    MAX_TABLE,
     Arithmetic,
     Range,
     Tile,
     as_readable,
+    count_parts,
     cut_groups,
     holds_pairs,
     measure,
     split_pairs,
-    sum_powers_in_parts,
+    sum_powers,
 )
 from fxmse.layout import MAX_ELEMENTS, Layout
 from fxmse.numerics import (
@@ -58,17 +62,12 @@ __all__ = [
     "search_global_range",
 ]
 
-# Entries of a table [C, Q]: 1 MiB in float32, 2 MiB in float64, whatever the value's size.
-_MAX_TABLE = 1 << 18
 _WORD = 24  # steps per word of a bit set: what float32 holds exactly
 # Scales whose ratio is a power of two may round a group of floats alike. What is summed up for them differs by the
 # noise of float32 powers and sums then, at most 4.3e-7 where it was measured.
 _TIE = 2.0**-21
 # Of a tensor_group value: so many of the largest groups, and as many of all, are looked at first.
 _NUM_LARGEST = 1 << 10
-# Elements of half precision that are copied to float32 at a time, where they cannot be read as pairs.
-_MAX_COPIED = 1 << 18
-_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +214,10 @@ def search(
     is_compiled = pays_to_compile(problem, value, num_steps)
     reads_pairs = is_compiled and importance is None and holds_pairs(value, layout)
     problem = replace(problem, reads_pairs=reads_pairs)
-    max_elements = _MAX_COPIED if value.dtype in _HALF and not reads_pairs else MAX_ELEMENTS
+    max_elements = MAX_COPIED if value.dtype in HALF and not reads_pairs else MAX_ELEMENTS
     # With few stored scales a dozen tables are held at a time, else three.
     max_groups = min(
-        _MAX_TABLE // (4 * problem.num_scales if problem.num_scales else num_steps),
+        MAX_TABLE // (4 * problem.num_scales if problem.num_scales else num_steps),
         max_elements * math.prod(shape) // value.numel(),
     )
 
@@ -295,7 +294,7 @@ def measure_range(value: Tensor, layout: Layout) -> Range:
 @torch.no_grad()
 def _measure_tiles(value: Tensor, layout: Layout, is_compiled: bool) -> Range:
     """The smallest and largest value of each group, [Q]."""
-    tiles = (cut_groups(tile, None).values_OQPG for tile in layout.tiles(value.detach(), _MAX_TABLE))
+    tiles = (cut_groups(tile, None).values_OQPG for tile in layout.tiles(value.detach(), MAX_TABLE))
     parts = [run(is_compiled, measure, None, tile) for tile in tiles]
     return Range(torch.cat([part.min for part in parts]), torch.cat([part.max for part in parts]))
 
@@ -353,7 +352,7 @@ def _score(
     """Evaluates the candidates of every group of a tile, as far as ``any_improved_C`` and its own errors say."""
     values_OQPG, weights_OQPG = tile
     total = len(factors_C)
-    num_parts = _count_parts(problem, values_OQPG, total) if problem.is_spread else 1
+    num_parts = count_parts(problem, values_OQPG, total) if problem.is_spread else 1
     if num_parts == 1 and (problem.is_spread or problem.num_scales):
         values_OQPG = as_readable(problem, values_OQPG)
         own, improved_QW, found_C = run(
@@ -419,16 +418,6 @@ def _sum_in_parts(
     return errors[0] if num_parts == 1 else torch.stack(errors).sum(0)
 
 
-def _count_parts(problem: _Problem, values_OQPG: Tensor, num_steps: int) -> int:
-    """Into how many parts the observations are cut, so that copies and tables stay small."""
-    if is_traced(values_OQPG):
-        return 1
-    num_parts = -(-values_OQPG.shape[:-1].numel() * num_steps // _MAX_TABLE)
-    if values_OQPG.dtype in _HALF and not problem.reads_pairs:
-        num_parts = max(num_parts, -(-values_OQPG.numel() // _MAX_COPIED))
-    return num_parts
-
-
 @unrolls(1)
 def _score_at_once(
     problem: _Problem,
@@ -470,7 +459,7 @@ def _sum_errors(
         base_Q, _ = _calculate_scale(problem, low_Q, high_Q, global_scale)
         min_CQ, max_CQ = factors_C[:, None] * low_Q, factors_C[:, None] * high_Q
         scale_CQ, zero_point_CQ = _calculate_scale(problem, min_CQ, max_CQ, global_scale)
-    sums_CQ = sum_powers_in_parts(problem, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG)
+    sums_CQ = sum_powers(problem, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG)
     return sums_CQ * torch.pow(scale_CQ / base_Q, problem.power.exponent)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 
 from fxmse.config import CONFIG_KEY, Config, Site, resolve_config
-from fxmse.importance import IMatrixMSEObserver
+from fxmse.importance import ImportanceObserver
 from fxmse.observers import Observer
 from fxmse.ops import is_fake_quantize
 from fxmse.passes.base import GraphPass, get_attribute, make_container
@@ -211,7 +211,7 @@ def _register_probe(graph_module: GraphModule, observation: _Observation) -> Non
 def _insert_importances(graph_module: GraphModule, observation: _Observation) -> None:
     """Rule 9."""
     observer = observation.observer
-    if not isinstance(observer, IMatrixMSEObserver):
+    if not isinstance(observer, ImportanceObserver) or observer.importance is None:
         return
     target = f"{observation.target.removesuffix('_observer')}_importance"
     parent, _, name = target.rpartition(".")
@@ -229,7 +229,7 @@ def _insert_importances(graph_module: GraphModule, observation: _Observation) ->
 
 
 def _find_mask(graph_module: GraphModule, site: Site, observer: Observer | None) -> tuple[Node, ...]:
-    name = observer.options.mask if isinstance(observer, IMatrixMSEObserver) else None
+    name = observer.options.mask if isinstance(observer, ImportanceObserver) else None
     if name is None:
         return ()
     inputs = {str(node.target): node for node in graph_module.graph.find_nodes(op="placeholder")}

@@ -1,15 +1,16 @@
 """The node that an observer is in a graph."""
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmse.config import Site, check_dynamic_shape
-from fxmse.importance import Importance
+from fxmse.importance import Importance, ImportanceObserver
 from fxmse.observers import Observer
 from fxmse.passes.base import get_attribute
 from fxmse.passes.weight_view import WeightView
@@ -17,12 +18,13 @@ from fxmse.states import State
 
 __all__ = [
     "Probe",
+    "Searches",
+    "find_free_weights",
     "find_importances",
     "find_probe",
     "find_probes",
     "find_weights",
     "finish_weights",
-    "observe_weights",
     "skip_probes",
 ]
 
@@ -53,6 +55,7 @@ class Probe(nn.Module):
         self.global_group = global_group
         self.given: dict[str, Tensor | None] | None = None  # qparams that take the place of the observer's
         self._version_seen: tuple[int, int] | None = None  # None: what is known of the weight comes from elsewhere
+        self._importance_seen: Tensor | None = None
         if observer:
             observer.name = self.name
 
@@ -102,11 +105,23 @@ class Probe(nn.Module):
     def _is_known(self, weight: Tensor) -> bool:
         if torch.compiler.is_compiling():
             return self.has_statistics
-        # Inference tensors have no version: those are known by their place alone.
-        version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        is_known = self.has_statistics and self._version_seen in (None, version)
-        self._version_seen = version
+        is_known = self.knows(weight)
+        self.remember(weight)
         return is_known
+
+    def knows(self, weight: Tensor) -> bool:
+        """Whether the weight was observed as it is now, with the importance that its channels have now."""
+        is_seen = self._version_seen in (None, _find_version(weight)) and self._importance_seen is self._importance
+        return is_seen and self.has_statistics
+
+    def remember(self, weight: Tensor) -> None:
+        """Takes what was observed for that of the weight and the importance as they are now."""
+        self._version_seen, self._importance_seen = _find_version(weight), self._importance
+
+    @property
+    def _importance(self) -> Tensor | None:
+        importance = self.observer.importance if isinstance(self.observer, ImportanceObserver) else None
+        return None if importance is None else importance.squares
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._version_seen = None
@@ -115,6 +130,11 @@ class Probe(nn.Module):
     def extra_repr(self) -> str:
         """What the probe looks at."""
         return self.name
+
+
+def _find_version(weight: Tensor) -> tuple[int, int]:
+    # Inference tensors have no version: those are known by their place alone.
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _find_called(graph_module: GraphModule, node: object) -> nn.Module | None:
@@ -151,36 +171,72 @@ def skip_probes(graph_module: GraphModule, value: object) -> object:
     return value
 
 
-def observe_weights(graph_module: GraphModule) -> None:
-    """Shows the weights' observers their weights, as running the graph would; known weights cost nothing."""
-    for probe, rows in find_weights(graph_module).items():
-        probe(rows)
+def find_free_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
+    """Of :func:`find_weights`, those that are searched as they are, whatever the data."""
+    weights = find_weights(graph_module)
+    return {p: rows for p, rows in weights.items() if p.given is None and not p.waits_for_importance}
 
 
-def finish_weights(graph_module: GraphModule) -> None:
+Searches: TypeAlias = Callable[[Mapping[Probe, Tensor], Callable[[Mapping[Probe, Tensor]], None]], None]
+
+
+def finish_weights(graph_module: GraphModule, run: Searches = lambda weights, search: search(weights)) -> None:
     """What can be done with weights only after all data was seen: those that wait for it, and shared global scales.
+
+    Args:
+        graph_module: an observed graph.
+        run: has weights searched: it is called with them, and with what searches the weights that it is called with.
 
     Raises:
         ValueError: an observer that needs importance and is strict about it.
     """
     weights = {probe: rows for probe, rows in find_weights(graph_module).items() if probe.given is None}
-    groups: defaultdict[str, list[Probe]] = defaultdict(list)
+    run({probe: rows for probe, rows in weights.items() if not probe.knows(rows)}, _search)
+    by_name: defaultdict[str, list[Probe]] = defaultdict(list)
+    for probe in weights:
+        if probe.global_group and probe.state.global_range is not None:
+            by_name[probe.global_group].append(probe)
+    groups = {group[0]: group for group in by_name.values() if not all(_share_scale(p, group[0].state) for p in group)}
+    before = {probe: probe.state for group in groups.values() for probe in group}
+    # The range that a group shares is for a moment the state of its first probe.
+    run({first: weights[first] for first in groups}, functools.partial(_find_shared, groups, weights))
+    shared = {probe: first.state for first, group in groups.items() for probe in group}
+    for probe, state in before.items():
+        probe.state = state
+    run({p: weights[p] for p in shared if not _share_scale(p, shared[p])}, functools.partial(_rescale, shared))
+
+
+def _search(weights: Mapping[Probe, Tensor]) -> None:
     for probe, rows in weights.items():
-        assert probe.observer
         if probe.waits_for_importance:
-            probe.observer.state = State()
+            assert probe.observer
+            probe.state = State()
             probe.observer.observe(rows)
+            probe.remember(rows)
         else:
             probe(rows)
-        if probe.global_group and probe.observer.state.global_range is not None:
-            groups[probe.global_group].append(probe)
-    for probes in groups.values():
-        observers = [probe.observer for probe in probes if probe.observer]
-        shared = observers[0].find_shared_global_range(observers, [weights[probe] for probe in probes])
-        for probe, observer in zip(probes, observers, strict=True):
-            own = observer.state.global_range
-            if own is None or not all(map(torch.equal, own, shared)):
-                observer.state = observer.update_with_global(State(), weights[probe], shared)
+
+
+def _share_scale(probe: Probe, state: State) -> bool:
+    own, other = probe.state.global_range, state.global_range
+    return own is not None and other is not None and all(map(torch.equal, own, other))
+
+
+def _find_shared(
+    groups: Mapping[Probe, list[Probe]], weights: Mapping[Probe, Tensor], firsts: Mapping[Probe, Tensor]
+) -> None:
+    for first in firsts:
+        observers = [probe.observer for probe in groups[first] if probe.observer]
+        range = observers[0].find_shared_global_range(observers, [weights[probe] for probe in groups[first]])
+        first.state = State().with_global_range(range)
+
+
+def _rescale(shared: Mapping[Probe, State], weights: Mapping[Probe, Tensor]) -> None:
+    for probe, rows in weights.items():
+        global_range = shared[probe].global_range
+        assert probe.observer
+        assert global_range
+        probe.state = probe.observer.update_with_global(State(), rows, global_range)
 
 
 def find_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:

@@ -49,6 +49,23 @@ class Convolutions(nn.Module):
         return torch.randn(batch, 4, 7, generator=torch.Generator().manual_seed(seed))
 
 
+class Products(nn.Module):
+    """Three linears that read one value, and a larger one that reads another."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.alpha, self.beta, self.gamma = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 8)
+        self.omega = nn.Linear(8, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.omega(self.alpha(x) * self.beta(x) + self.gamma(x))
+
+    @staticmethod
+    def make_batches(count: int = 7) -> list[Tensor]:
+        return [torch.randn(4 + i, 16, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
 def make_config(
     *targets: str, weights: dict | None = None, inputs: dict | None = None, outputs: dict | None = None, ignore=()
 ) -> QuantizationConfig:

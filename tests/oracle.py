@@ -107,3 +107,50 @@ def search(
         if stale >= patience:
             break
     return Searched(step, torch.stack(errors, 1), len(errors))
+
+
+def round_fast(x: Tensor, args: QuantizationArgs) -> Tensor:
+    """``round_to`` for the integers, whose values lie one apart."""
+    values = list_values(args.num_bits, args.type)
+    x = x.clamp(values[0], values[-1])
+    return x.round() if args.type == "int" else round_to(x, values)
+
+
+def list_scales(
+    args: QuantizationArgs,
+    absmax: Tensor,
+    global_scale: Tensor | float,
+    num_scales: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Scales among which the best of symmetric groups of these magnitudes is or is near, (scales, groups)."""
+    values = list_values(args.num_bits, args.type)
+    own = absmax / ((values[-1] - values[0]) / 2)
+    if args.scale_dtype == torch.float8_e4m3fn:
+        return (list_values(8, "float")[-126:] / global_scale)[:, None].expand(-1, len(own))
+    if args.scale_dtype == torch.uint8:
+        return 2.0 ** (own.log2().floor() + torch.arange(-3, 4)[:, None])
+    low, high = (0.8, 2.05) if args.type == "float" else (0.02 if args.num_bits < 6 else 0.2, 1.7)
+    return (own * torch.linspace(low, high, num_scales, dtype=torch.float64)[:, None]).to(dtype).double()
+
+
+def find_least_errors(
+    groups: Tensor,
+    args: QuantizationArgs,
+    global_scale: Tensor | float = 1.0,
+    num_scales: int = 3000,
+    weights: Tensor | float = 1.0,
+) -> Tensor:
+    """The least squared error of each group over scales, and of asymmetric formats zero points, by trying all."""
+    dtype, groups = groups.dtype, groups.double()
+    values = list_values(args.num_bits, args.type)
+    zero_points = torch.zeros(1, dtype=torch.float64) if args.symmetric else values
+    reach = groups.abs().amax(1)
+    if not args.symmetric:
+        reach = (groups.amax(1).clamp(min=0) - groups.amin(1).clamp(max=0)) / 2
+    best = torch.full((len(groups),), torch.inf, dtype=torch.float64)
+    for zero_point in zero_points:
+        for scale in list_scales(args, reach.clamp(min=1e-30), global_scale, num_scales, dtype):
+            quantized = (round_fast(groups / scale[:, None] + zero_point, args) - zero_point) * scale[:, None]
+            best = torch.minimum(best, ((quantized - groups).square() * weights).sum(1))
+    return best

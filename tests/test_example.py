@@ -71,11 +71,13 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
         ("save_checkpoint", 0.9999),
         ("export_program", 0.999),
         ("calibrate_by_compiling", 0.98),
+        ("distributed", 0.98),
     ],
 )
 def test_the_short_examples_run(name, least, tmp_path):
     script = Path(example.__file__).with_name(f"{name}.py")
     code = script.read_text().partition('"""\n\n')[2].splitlines()
     assert len([line for line in code if line.strip() and not line.startswith(("import", "from"))]) <= 15
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if name == "distributed" else []
+    done = subprocess.run([sys.executable, *launcher, script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert least <= float(re.search(r"cosine to the .*: (.*)", done.stdout)[1]) < 1 + 1e-4

@@ -11,9 +11,9 @@ from llmcompressor.observers import Observer as ReferenceObserver
 from oracle import global_scale_of, sum_errors
 from oracle import search as search_by_contract
 
-from fxmse.errors import Range
+from fxmse.errors import Range, cover_ranges
 from fxmse.layout import Layout
-from fxmse.observers import Observer, cover_ranges
+from fxmse.observers import Observer
 from fxmse.states import State
 
 NAMES = ("memoryless_mse", "mse", "memoryless_minmax", "static_minmax", "minmax")

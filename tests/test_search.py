@@ -220,7 +220,7 @@ def test_a_machine_without_a_compiler_gets_one_warning_and_the_same_ranges(tmp_p
 @pytest.mark.parametrize("name", ["int8_asym_tensor", "int4_asym_g32", "fp8_block", "mxfp4"])
 def test_nothing_waits_for_the_device(name, monkeypatch):
     # A fake tensor has no data: whatever reads a value on the host raises.
-    monkeypatch.setattr(search_module, "_MAX_TABLE", 1000)
+    monkeypatch.setattr(search_module, "MAX_TABLE", 1000)
     args = WEIGHT_ARGS[name]
     with FakeTensorMode():
         search(torch.empty(96, 96), Format.of(args), Layout.of(args, "weight"), SearchOptions())
@@ -368,7 +368,7 @@ def test_candidates_that_are_not_evaluated_change_nothing(args_name, patience, m
         return sum_errors(problem, values, factors, *tensors)
 
     monkeypatch.setattr(search_module, "_sum_errors", note)
-    monkeypatch.setattr(search_module, "_MAX_TABLE", 400)  # 8 groups a tile
+    monkeypatch.setattr(search_module, "MAX_TABLE", 400)  # 8 groups a tile
     with compilation("never"):
         for kind in DISTRIBUTIONS:
             weight = make_weight(kind)
@@ -396,7 +396,7 @@ def test_an_improvement_in_a_later_tile_is_looked_for_in_earlier_ones(monkeypatc
     layout, format_, options = Layout.of(args, "weight"), Format.of(args), SearchOptions(patience=3)
     alone = search(weight[:1], format_, layout, options)
     whole = search(weight, format_, layout, options)
-    monkeypatch.setattr(search_module, "_MAX_TABLE", 160)  # 8 groups a tile
+    monkeypatch.setattr(search_module, "MAX_TABLE", 160)  # 8 groups a tile
     tiled = search(weight, format_, layout, options)
     assert torch.equal(whole.max, tiled.max)
     assert alone.max.item() == 1.0
@@ -458,7 +458,7 @@ def test_a_value_that_is_cut_into_tiles_gives_the_same_ranges(monkeypatch):
     args = make_args(4, strategy="group", group_size=16)
     options = SearchOptions(patience=2)
     whole = search(weight, Format.of(args), Layout.of(args, "weight"), options)
-    monkeypatch.setattr(search_module, "_MAX_TABLE", 400)  # 20 groups a tile
+    monkeypatch.setattr(search_module, "MAX_TABLE", 400)  # 20 groups a tile
     cut = search(weight, Format.of(args), Layout.of(args, "weight"), options)
     assert torch.equal(whole.min, cut.min)
     assert torch.equal(whole.max, cut.max)

@@ -1,0 +1,154 @@
+"""The observer that finds the optimum: over all calibration data, of all that a format can store."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
+
+from fxmse.counting import convert_counts, count, list_values
+from fxmse.errors import Range, cover_ranges
+from fxmse.importance import ImportanceObserver, check_importance_options
+from fxmse.observers import Observer
+from fxmse.optimum import find_global_range, find_optimum, find_optimum_of_counts
+from fxmse.power import AbsolutePower
+from fxmse.search import check_argument, measure_range
+from fxmse.states import State
+
+__all__ = ["ExactMSEObserver", "ExactMSEOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactMSEOptions:
+    """Arguments of the search for the optimum.
+
+    Attributes:
+        norm: exponent of the error; above 0. 2 is the mean squared error.
+        importance: of a weight, each error counts E[x ** 2] of its input channel.
+        strict: raise where there is no importance to search with, instead of warning and searching without.
+        mask: the name of the graph's input that is 0 where a token is padding, shape (batch, tokens); it is left out of
+            the importance.
+        power: |e| ** norm; follows from norm.
+    """
+
+    norm: float = 2.0
+    importance: bool = False
+    strict: bool = False
+    mask: str | None = None
+    power: AbsolutePower = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the argument that is out of range."""
+        check_argument("norm", self.norm, "a number above 0", lambda v: 0 < v < math.inf)
+        if not isinstance(self.importance, bool):
+            raise ValueError(f"importance={self.importance!r}: expected True or False")
+        check_importance_options(self.strict, self.mask)
+        object.__setattr__(self, "power", AbsolutePower.of(self.norm))
+
+
+@Observer.register("exact_mse")
+class ExactMSEObserver(ImportanceObserver):
+    """Finds the ranges of least error of all that the format can store (:class:`ExactMSEOptions`).
+
+    Of a weight, that is the scale and zero point of each group, and for tensor_group the global scale; weights that
+    share one are searched together (:func:`fxmse.optimum.find_optimum`).
+
+    Of an activation it counts how often each value occurs in all data (:mod:`fxmse.counting`) and searches once, when
+    qparams are asked for: the result does not depend on how the data is cut into batches or over processes. bfloat16
+    and float16 values are counted exactly, float32 ones to 2 ** -10 of themselves. Each group has a table of counts, of
+    2 ** 16 or for float32 2 ** 18 entries.
+
+    A "local" value's global scale follows from its largest magnitude.
+    """
+
+    options_class = ExactMSEOptions
+
+    def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
+        super().__init__(base_name, args, **observer_kwargs)
+        if self.options.importance and base_name != "weight":
+            raise ValueError(f"importance=True has no meaning for a value of role {base_name}: expected a weight")
+
+    @property
+    def needs_importance(self) -> bool:
+        """Whether errors are to be weighed."""
+        return self.options.importance
+
+    @property
+    def _counts_values(self) -> bool:
+        return self.base_name != "weight" and not self.is_local
+
+    def update(self, state: State, value: Tensor) -> State:
+        """As :meth:`Observer.update`; of an activation, one more value is counted."""
+        if not self._counts_values:
+            return super().update(state, value)
+        assert state.like is not None
+        value = value.to(state.like.dtype)
+        if torch.compiler.is_compiling():
+            layout = (self.base_name, self.layout.strategy, self.layout.group_size)
+            return state._replace(counts=torch.ops.fxmse.count(value, state.counts, *layout))
+        return state._replace(counts=count(value, self.layout, state.counts))
+
+    def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
+        """The best range of each of a weight's groups."""
+        importance = self.find_importance(value)
+        return find_optimum(
+            value, self.format, self.layout, self.options.power, global_scale=global_scale, importance=importance
+        )
+
+    def measure_global(self, value: Tensor) -> Range:
+        """The range that a weight's best global scale follows from; of a local value all of it."""
+        if self.is_local:
+            return measure_range(value, self.layout.as_one_group())
+        return find_global_range([value], self.format, self.layout, self.options.power, [self.find_importance(value)])
+
+    def accumulate(self, old: Range | None, new: Range) -> Range:
+        """The newest range; of a local value that which covers both."""
+        return cover_ranges([old, new]) if self.is_local and old is not None else new
+
+    def widen(self, state: State, dtype: torch.dtype) -> State:
+        """As :meth:`Observer.widen`; counts become those of the wider dtype."""
+        assert state.like is not None
+        wide = super().widen(state, dtype)
+        if wide is state or wide.like is None or state.counts is None:
+            return wide
+        return wide._replace(counts=convert_counts(state.counts, state.like.dtype, wide.like.dtype))
+
+    def _merge_seen(self, state: State, other: State) -> State:
+        if state.counts is None or other.counts is None:
+            return super()._merge_seen(state, other)
+        return state._replace(counts=state.counts + other.counts)
+
+    @torch.no_grad()
+    def finish(self, state: State) -> State:
+        """The state with the ranges that are best for what was counted."""
+        counts, like = state.counts, state.like
+        if counts is None or like is None:
+            return state
+        is_seen = counts.any(0)
+        values = list_values(like.dtype, counts.device)[is_seen]
+        global_scale = None
+        if self.layout.strategy == "tensor_group":
+            state = state.with_global_range(Range(values.amin().reshape(1), values.amax().reshape(1)))
+            global_scale = self._global_scale_of(state)
+        found = find_optimum_of_counts(
+            values,
+            counts[:, is_seen],
+            self.format,
+            self.options.power,
+            like.dtype,
+            global_scale=global_scale,
+        )
+        shape = (-1, 1, 1) if self.layout.strategy == "attn_head" else (-1,)
+        return state.with_range(Range(found.min.reshape(shape), found.max.reshape(shape)))
+
+    @staticmethod
+    def find_shared_global_range(observers: Sequence[Observer], weights: Sequence[Tensor]) -> Range:
+        """The range of the global scale that is best for all of the weights."""
+        if not all(isinstance(observer, ExactMSEObserver) for observer in observers):
+            return Observer.find_shared_global_range(observers, weights)
+        first = observers[0]
+        importances = [observer.find_importance(w) for observer, w in zip(observers, weights, strict=True)]
+        return find_global_range(weights, first.format, first.layout, first.options.power, importances)

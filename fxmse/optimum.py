@@ -1,0 +1,642 @@
+"""The search for the optimum: of all ranges that a format can store the best, not the best of a list of shrunk ones.
+
+Where few scales can be stored (e4m3, powers of two) all that can be best are evaluated. Elsewhere the error is a jagged
+function of the scale: it falls and rises each time that large elements change the value they are rounded to, which
+happens about each .5 / qmax of the scale, around a smooth trend. The search narrows that down: scales a third of an
+octave apart, some more around the best of these, then so many around the best again that each valley is met, and a
+last look at the best valley. At norm 2 any point of a valley tells how deep it is and where
+(:func:`fxmse.errors.sum_moments`), so that a scale or two in each are enough.
+
+The depths of valleys differ by about 1 / sqrt(G). In small groups the best one may be as far from the trend's minimum,
+and also above the group's own range.
+
+Asymmetric formats have a second dimension, the place of their range within the group's. Only elements that are clamped
+depend on it: a few places are tried with each scale, and single steps of the zero point at the end.
+
+Shape suffixes as in :mod:`fxmse.errors`; J counts global scales, N different values.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxmse.compiling import pays_to_compile, run
+from fxmse.errors import (
+    HALF,
+    MAX_COPIED,
+    MAX_TABLE,
+    Arithmetic,
+    Range,
+    Tile,
+    as_readable,
+    count_parts,
+    cover_ranges,
+    cut_groups,
+    holds_pairs,
+    measure,
+    split_pairs,
+    sum_moments,
+    sum_powers,
+)
+from fxmse.layout import MAX_ELEMENTS, Layout
+from fxmse.numerics import (
+    Format,
+    calculate_exact_scale,
+    calculate_global_scale,
+    calculate_range_of_scale,
+    list_stored_scales,
+    round_scale,
+)
+from fxmse.power import AbsolutePower
+
+__all__ = ["find_global_range", "find_optimum", "find_optimum_of_counts"]
+
+# Of integer grids, in parts of the scale of the group's own range.
+_COARSE = tuple(2.0 ** (-i / 3) for i in range(12))  # down to a thirteenth
+_MIDDLE = tuple(2.0 ** (i / 10.5) for i in range(-3, 4) if i)  # between the neighbours of the best of these
+_MIN_WIDTH = 0.05  # of the fine part, to either side: half of what two scales of the middle part are apart
+_WIDTH = 2.2  # and at least so many parts of sqrt(G)
+_MAX_WIDTH = 0.4
+_ABOVE = 1.13  # of the group's own range at most so many parts of sqrt(G) are left unused
+_SPACING = 0.4  # between two scales of the fine part, in parts of 1 / qmax
+_MIN_FINE = 8
+# Of an asymmetric grid's range in the group's: from its lower end to its upper end.
+_PLACES = (0.5, 0.0, 0.25, 0.75, 1.0)
+_NEAR_PLACES = (0.0, -0.125, 0.125)
+_NEAR_ZERO_POINTS = (0.0, -1.0, 1.0, -2.0, 2.0)
+# A float grid has the same values at twice the scale but for its smallest, and its largest are then not used: less than
+# twice the group's own scale is enough. As errors are in proportion to the elements, there is no trend to follow.
+_FLOAT_SPACING = 0.09  # in parts of 2 ** mantissa_bits
+_NUM_POWERS_OF_TWO = 3  # the group's own, the one above and the one below
+# Values that were counted, of which there may be many different ones: the first scales are tried on fewer.
+_ROUGH = 1 << 11
+_COUNTED = 1 << 10  # they are cut into parts of this length
+_LAST = 9  # scales around the best, where its valley's bottom does not follow from moments
+
+# Places of an octave where the global scale of tensor_group is tried: many for few groups, whose error is more jagged.
+# At the octave's upper end the group of the largest element can have all scales that are worth trying.
+_MIN_GLOBAL, _MAX_GLOBAL = 16, 64
+_NUM_SAMPLED = 1 << 13  # so many of the largest groups are looked at for it, and as many of all
+_MAX_AT_ONCE = 1 << 14  # groups
+
+
+@dataclass(frozen=True)
+class _Problem(Arithmetic):
+    """All that a compiled search depends on but tensors."""
+
+    dtype: torch.dtype  # that scales are stored in, where the format names none
+
+    @property
+    def num_scales(self) -> int | None:
+        """How many stored scales can be best, from ``_top_ratio`` times the group's own downwards; None for many."""
+        if self.format.is_mx:
+            return _NUM_POWERS_OF_TWO
+        if self.format.scale_dtype != torch.float8_e4m3fn or not self.format.symmetric:
+            return None
+        low = 0.25 if self.format.grid.type == "int" else 0.8
+        return 2 + math.ceil(8 * math.log2(self.top_ratio / low))  # eight in each octave
+
+    @property
+    def top_ratio(self) -> float:
+        """The largest scale that can be best, in parts of that of the group's own range."""
+        grid = self.format.grid
+        return 1.2 if grid.type == "int" else 2 - 2.0 ** (-1 - grid.mantissa_bits)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which scales are evaluated, in parts of that of the group's own range.
+
+    Of an integer grid the middle and fine ones are around the best before.
+    """
+
+    coarse: tuple[float, ...]
+    middle: tuple[float, ...]
+    fine: tuple[float, ...]
+    limit: float
+
+    @classmethod
+    @functools.cache
+    def of(cls, format: Format, num_elements: int) -> "_Plan":
+        """The plan for groups of so many elements."""
+        grid = format.grid
+        if grid.type == "float":
+            low, high = 1 - 2.0**-grid.mantissa_bits, 1.97
+            num_fine = math.ceil(math.log(high / low) / _FLOAT_SPACING * 2**grid.mantissa_bits)
+            fine = tuple(low * (high / low) ** (i / (num_fine - 1)) for i in range(num_fine))
+            return cls((1.0,), (), fine, 2.0)
+        # All of a symmetric grid's range is used where the largest element is at its upper, smaller end.
+        top = (grid.qmax - grid.qmin) / 2 / grid.qmax if format.symmetric else 1.0
+        noise = 1 / math.sqrt(num_elements)
+        width = min(max(_MIN_WIDTH, _WIDTH * noise), _MAX_WIDTH)
+        num_fine = max(_MIN_FINE, math.ceil(2 * width * grid.qmax / _SPACING))
+        fine = tuple(1 - width + 2 * width * i / (num_fine - 1) for i in range(num_fine))
+        coarse = (1.0, *(top * ratio for ratio in _COARSE if top * ratio != 1))
+        return cls(coarse, _MIDDLE, fine, top * (1 + _ABOVE * noise))
+
+    @property
+    def num_candidates(self) -> int:
+        """How many are evaluated."""
+        return len(self.coarse) + len(self.middle) + 2 * len(self.fine) + _LAST
+
+    def make_tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The plan for a graph that is the same for all plans."""
+        return _make_tensors(self, device)
+
+
+@functools.cache
+def _make_tensors(plan: _Plan, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tables = (plan.coarse, plan.middle, plan.fine, (plan.limit,))
+    coarse, middle, fine, limit = (torch.tensor(table, device=device) for table in tables)
+    return coarse, middle, fine, limit
+
+
+class _Candidates(NamedTuple):
+    """Scales as they will be stored, in units of x, and zero points."""
+
+    scale_CQ: Tensor
+    zero_point_CQ: Tensor | None
+
+    def take(self, index_Q: Tensor) -> "_Candidates":
+        """One for each group, [1, Q]."""
+        zero_point_CQ = self.zero_point_CQ
+        return _Candidates(
+            _take(self.scale_CQ, index_Q), None if zero_point_CQ is None else _take(zero_point_CQ, index_Q)
+        )
+
+
+def _take(table_CQ: Tensor, index_Q: Tensor) -> Tensor:
+    return table_CQ.gather(0, index_Q[None])
+
+
+class _Found(NamedTuple):
+    """The best of each group, [Q]: its range, and its error in units of ``base`` ** norm."""
+
+    min: Tensor
+    max: Tensor
+    error: Tensor
+    base: Tensor
+
+
+def find_optimum(
+    value: Tensor,
+    format: Format,
+    layout: Layout,
+    power: AbsolutePower,
+    *,
+    global_scale: Tensor | None = None,
+    importance: Tensor | None = None,
+) -> Range:
+    """Finds the range of each group whose quantization error is least, of all that the format can store.
+
+    Minimises sum(importance * |fake_quantize(x) - x| ** norm) per group. NaN and Inf are not looked for: a group that
+    has one gets a range that is not finite.
+
+    Args:
+        value: float, any shape and strides that ``layout`` takes, not empty.
+        format: the format.
+        layout: the groups.
+        power: |e| ** norm.
+        global_scale: float32, one element; scales are stored times it.
+        importance: float32, one element a channel of ``value``'s last dimension: the weight of its errors. For the
+            channel, group and tensor_group strategies of a weight.
+
+    Returns:
+        Ranges that give the best scales and zero points by compressed-tensors' ``calculate_qparams``.
+    """
+    shape = layout.qparam_shape(value.shape)
+    size = value.numel() // math.prod(shape)
+    problem = _Problem(format, power, False, value.dtype)
+    plan = _Plan.of(format, size)
+    is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.num_candidates)
+    problem = replace(problem, reads_pairs=is_compiled and importance is None and holds_pairs(value, layout))
+    max_elements = MAX_COPIED if value.dtype in HALF and not problem.reads_pairs else MAX_ELEMENTS
+    max_groups = max(1, min(MAX_TABLE // (problem.num_scales or max(16, len(plan.fine))), max_elements // size))
+    weights: Iterable[Tensor | None] = itertools.repeat(None)
+    if importance is not None:
+        weights = layout.channel_tiles(importance, value.shape, max_groups)
+    with torch.no_grad():
+        tiles = map(cut_groups, layout.tiles(value.detach(), max_groups), weights)
+        found = [_search_tile(problem, plan, tile, global_scale, is_compiled) for tile in tiles]
+    return Range(*(torch.cat(part).reshape(shape) for part in list(zip(*found, strict=True))[:2]))
+
+
+def find_optimum_of_counts(
+    values_N: Tensor,
+    counts_QN: Tensor,
+    format: Format,
+    power: AbsolutePower,
+    dtype: torch.dtype,
+    *,
+    global_scale: Tensor | None = None,
+) -> Range:
+    """:func:`find_optimum` of values that are given by how often each of them was seen.
+
+    Args:
+        values_N: finite, float32.
+        counts_QN: of each group, any dtype.
+        format: the format.
+        power: |e| ** norm.
+        dtype: of the values, and so of scales.
+        global_scale: as for :func:`find_optimum`.
+
+    Returns:
+        The ranges, shape (Q,).
+    """
+    problem = _Problem(format, power, False, dtype)
+    has_any_QN = counts_QN > 0
+    own = Range(
+        torch.where(has_any_QN, values_N, math.inf).amin(1), torch.where(has_any_QN, values_N, -math.inf).amax(1)
+    )
+    tile = _make_tile(values_N, counts_QN)
+    plan = _Plan.of(format, _COUNTED)
+    is_compiled = pays_to_compile(problem, counts_QN, plan.num_candidates)
+    if problem.num_scales:
+        found = _search_tile(problem, plan, tile, global_scale, is_compiled, own)
+    else:
+        rough = _make_tile(*_merge_neighbours(values_N, counts_QN)) if len(values_N) > 2 * _ROUGH else None
+        found = _search_spread(problem, plan, tile, global_scale, is_compiled, own, rough)
+    return Range(found.min, found.max)
+
+
+def _make_tile(values_N: Tensor, counts_QN: Tensor) -> Tile:
+    """A tile of groups that have the same values, each so often."""
+    num_groups, padding = len(counts_QN), -len(values_N) % _COUNTED
+    values_OG = torch.nn.functional.pad(values_N, (0, padding)).view(-1, _COUNTED)
+    counts_QOG = torch.nn.functional.pad(counts_QN.float(), (0, padding)).view(num_groups, -1, _COUNTED)
+    return Tile(
+        values_OG[:, None, None].expand(-1, num_groups, 1, -1), counts_QOG.transpose(0, 1)[:, :, None].contiguous()
+    )
+
+
+def _merge_neighbours(values_N: Tensor, counts_QN: Tensor) -> tuple[Tensor, Tensor]:
+    """Some ``_ROUGH`` values, each the mean of neighbouring ones."""
+    order_N = values_N.argsort()
+    place_N = torch.arange(len(order_N), device=order_N.device) // (len(order_N) // _ROUGH)
+    size = int(len(order_N) // (len(order_N) // _ROUGH)) + 1
+    counts_QN = counts_QN[:, order_N].double()
+    total_N = counts_QN.sum(0)
+    zeros = total_N.new_zeros(size)
+    sums_M, totals_M = (zeros.index_add(0, place_N, t) for t in (total_N * values_N[order_N], total_N))
+    merged_QM = counts_QN.new_zeros(len(counts_QN), size).index_add_(1, place_N, counts_QN)
+    return (sums_M / totals_M.clamp(min=1)).float(), merged_QM
+
+
+def find_global_range(
+    values: Sequence[Tensor], format: Format, layout: Layout, power: AbsolutePower, importances: Sequence[Tensor | None]
+) -> Range:
+    """Finds the range, shape (1,), that the global scale follows from which weights of tensor_group are best with.
+
+    All of an octave is tried: another octave has the same scales but for the smallest and largest ones. Weights of many
+    groups are judged by the largest and by some of the others.
+
+    Args:
+        values: weights that share their global scale.
+        format: the format.
+        layout: their groups.
+        power: |e| ** norm.
+        importances: of each weight, as for :func:`find_optimum`.
+    """
+    assert layout.group_size is not None
+    problem = _Problem(format, power, False, values[0].dtype)
+    with torch.no_grad():
+        samples = [
+            _sample_groups(value.detach().reshape(-1, layout.group_size), importance, value.shape[-1])
+            for value, importance in zip(values, importances, strict=True)
+        ]
+        largest = torch.stack([sample.absmax for sample in samples]).amax()
+        num_groups = sum(len(sample.groups_QG) for sample in samples)
+        num_places = min(max(_MAX_AT_ONCE * _MIN_GLOBAL // num_groups, _MIN_GLOBAL), _MAX_GLOBAL)
+        range_J = largest * 2 * torch.exp2(torch.arange(num_places, device=largest.device) / num_places)
+        total_J = torch.stack([_sum_best_errors(problem, sample, range_J) for sample in samples]).sum(0)
+        best = range_J[total_J.argmin()].reshape(1)
+    # Without a branch: what is not finite stays so.
+    return Range(-best, best + largest * 0)
+
+
+class _Sample(NamedTuple):
+    """Some of a weight's groups, each for so many."""
+
+    groups_QG: Tensor
+    weights_QG: Tensor | None
+    num_Q: Tensor
+    absmax: Tensor  # of all groups
+
+
+def _sample_groups(groups_QG: Tensor, importance: Tensor | None, num_channels: int) -> _Sample:
+    own = measure(None, groups_QG[None, :, None])
+    absmax_Q = torch.maximum(-own.min, own.max)
+    total, device = len(groups_QG), groups_QG.device
+    if total <= 2 * _NUM_SAMPLED:
+        index_Q, num_Q = torch.arange(total, device=device), torch.ones(total, device=device)
+    else:
+        largest = absmax_Q.topk(_NUM_SAMPLED)
+        some_Q = torch.arange(0, total, total // _NUM_SAMPLED, device=device)
+        is_other_Q = (absmax_Q[some_Q] < largest.values[-1]).float()
+        num_others_Q = is_other_Q * ((total - _NUM_SAMPLED) / is_other_Q.sum().clamp(min=1))
+        index_Q = torch.cat([largest.indices, some_Q])
+        num_Q = torch.cat([torch.ones_like(largest.values), num_others_Q])
+    weights_QG = None
+    if importance is not None:
+        by_group = importance.reshape(-1, groups_QG.shape[1])
+        weights_QG = by_group[index_Q % (num_channels // groups_QG.shape[1])]
+    return _Sample(groups_QG[index_Q], weights_QG, num_Q, absmax_Q.amax())
+
+
+def _sum_best_errors(problem: _Problem, sample: _Sample, largest_J: Tensor) -> Tensor:
+    """The error of a weight with the global scale of each largest magnitude, float64 [J]."""
+    num_groups, size = sample.groups_QG.shape
+    is_compiled = pays_to_compile(problem, sample.groups_QG, (problem.num_scales or 1) * len(largest_J))
+    plan = _Plan.of(problem.format, size)
+    global_scale_J = calculate_global_scale(-largest_J, largest_J)
+    totals = []
+    for part_J in global_scale_J.split(max(1, _MAX_AT_ONCE // num_groups)):
+        times = len(part_J)
+        weights_QG = None if sample.weights_QG is None else sample.weights_QG.repeat(times, 1)
+        tile = cut_groups(sample.groups_QG.repeat(times, 1)[None], weights_QG)
+        global_scale_Q = part_J.repeat_interleave(num_groups)
+        found = _search_tile(problem, plan, tile, global_scale_Q, is_compiled)
+        errors_Q = found.error.double() * found.base.double() ** problem.power.exponent
+        totals.append((errors_Q.view(times, -1) * sample.num_Q).sum(1))
+    return torch.cat(totals)
+
+
+def _search_tile(
+    problem: _Problem,
+    plan: _Plan,
+    tile: Tile,
+    global_scale: Tensor | None,
+    is_compiled: bool,
+    own: Range | None = None,
+) -> _Found:
+    """The best of each group; ``own`` is the groups' range where it does not follow from the tile's values."""
+    values_OQPG, weights_OQPG = tile
+    readable = as_readable(problem, values_OQPG)
+    if global_scale is not None:
+        # One for each group, so that one graph does for one and for several.
+        global_scale = global_scale.expand(values_OQPG.shape[1:-2].numel()).contiguous()
+    if problem.num_scales:
+        low, high = own or (None, None)
+        return _Found(*run(is_compiled, _pick_stored, problem, readable, global_scale, weights_OQPG, low, high))
+    if own is None and values_OQPG.shape[1:-2].numel() > 1:
+        tensors = plan.make_tensors(readable.device)
+        return _Found(*run(is_compiled, _search_at_once, problem, readable, global_scale, weights_OQPG, *tensors))
+    return _search_spread(problem, plan, tile, global_scale, is_compiled, own)
+
+
+def _pick_stored(
+    problem: _Problem,
+    values_OQPG: Tensor,
+    global_scale: Tensor | None,
+    weights_OQPG: Tensor | None,
+    low_Q: Tensor | None,
+    high_Q: Tensor | None,
+) -> _Found:
+    """The best of the scales that can be stored and are worth trying."""
+    assert problem.num_scales
+    own = _measure_pairs(problem, values_OQPG) if low_Q is None or high_Q is None else Range(low_Q, high_Q)
+    exact_Q = calculate_exact_scale(own.min, own.max, problem.format, global_scale) * problem.top_ratio
+    scale_KQ, _ = list_stored_scales(exact_Q, problem.format, problem.num_scales)
+    if global_scale is not None:
+        scale_KQ = scale_KQ / global_scale
+    base_Q = scale_KQ[0]
+    errors_KQ = sum_powers(problem, values_OQPG, scale_KQ, None, weights_OQPG)
+    errors_KQ = errors_KQ * torch.pow(scale_KQ / base_Q, problem.power.exponent)
+    error_Q, scale_Q = errors_KQ[0], base_Q
+    for k in range(1, problem.num_scales):
+        # Of equal errors the largest scale's is taken.
+        scale_Q = torch.where(errors_KQ[k] < error_Q, scale_KQ[k], scale_Q)
+        error_Q = torch.minimum(error_Q, errors_KQ[k])
+    return _report(problem, own, error_Q, base_Q, scale_Q, None)
+
+
+def _measure_pairs(problem: _Problem, values_OQPG: Tensor) -> Range:
+    ranges = [measure(None, part) for part in split_pairs(problem, values_OQPG)]
+    return Range(
+        functools.reduce(torch.minimum, (part.min for part in ranges)),
+        functools.reduce(torch.maximum, (part.max for part in ranges)),
+    )
+
+
+def _report(
+    problem: _Problem, own: Range, error_Q: Tensor, base_Q: Tensor, scale_Q: Tensor, zero_point_Q: Tensor | None
+) -> _Found:
+    low_Q, high_Q = calculate_range_of_scale(scale_Q, zero_point_Q, problem.format)
+    # What is not finite stays so.
+    return _Found(low_Q + own.min * 0, high_Q + own.max * 0, error_Q, base_Q)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over a tile's groups, of candidates; ``rough`` ones, where they are, are nearly the powers."""
+
+    powers: Callable[[_Candidates], Tensor]
+    moments: Callable[[_Candidates], Tensor]
+    rough: Callable[[_Candidates], Tensor] | None = None
+
+
+def _search_at_once(
+    problem: _Problem,
+    values_OQPG: Tensor,
+    global_scale: Tensor | None,
+    weights_OQPG: Tensor | None,
+    *plan: Tensor,
+) -> _Found:
+    """All of a tile's search in one graph."""
+    sums = _Sums(
+        lambda candidates: sum_powers(problem, values_OQPG, *candidates, weights_OQPG),
+        lambda candidates: sum_moments(problem, values_OQPG, *candidates, weights_OQPG),
+    )
+    return _narrow_down(problem, sums, _measure_pairs(problem, values_OQPG), global_scale, *plan)
+
+
+def _search_spread(
+    problem: _Problem,
+    plan: _Plan,
+    tile: Tile,
+    global_scale: Tensor | None,
+    is_compiled: bool,
+    own: Range | None,
+    rough: Tile | None = None,
+) -> _Found:
+    """The search of groups that are spread over many observations, some of these at a time."""
+    num_candidates = len(plan.coarse) * (1 if problem.format.symmetric else len(_PLACES))
+    num_candidates = max(num_candidates, len(plan.fine))
+    parts = _split(problem, tile, num_candidates)
+    if own is None:
+        own = cover_ranges([run(is_compiled, _measure_pairs, problem, part.values_OQPG) for part in parts])
+
+    def make(stage: Callable[..., Tensor], parts: list[Tile]) -> Callable[[_Candidates], Tensor]:
+        def sum_parts(candidates: _Candidates) -> Tensor:
+            values_and_weights = ((part.values_OQPG, *candidates, part.weights_OQPG) for part in parts)
+            return functools.reduce(
+                torch.add, (run(is_compiled, stage, problem, *tensors) for tensors in values_and_weights)
+            )
+
+        return sum_parts
+
+    rough_sums = make(sum_powers, _split(problem, rough, num_candidates)) if rough else None
+    sums = _Sums(make(sum_powers, parts), make(sum_moments, parts), rough_sums)
+    return _narrow_down(problem, sums, own, global_scale, *plan.make_tensors(tile.values_OQPG.device))
+
+
+def _split(problem: _Problem, tile: Tile, num_candidates: int) -> list[Tile]:
+    """The tile in parts for which copies and tables are small."""
+    values_OQPG, weights_OQPG = tile
+    num_parts = count_parts(problem, values_OQPG, num_candidates)
+    values = [as_readable(problem, part) for part in values_OQPG.tensor_split(num_parts)]
+    weights = [None] * num_parts if weights_OQPG is None else weights_OQPG.tensor_split(num_parts)
+    return list(map(Tile, values, weights))
+
+
+class _Places(NamedTuple):
+    """Where candidates are: scales in parts of that of the group's own range, places of the range in the group's."""
+
+    ratio_CQ: Tensor
+    place_CQ: Tensor
+
+    def take(self, index_Q: Tensor) -> "_Places":
+        """One for each group, [1, Q]."""
+        return _Places(_take(self.ratio_CQ, index_Q), _take(self.place_CQ, index_Q))
+
+
+def _cross(table_CQ: Tensor, table_TQ: Tensor) -> tuple[Tensor, Tensor]:
+    """Every entry of one table beside every one of the other."""
+    size = (len(table_CQ), len(table_TQ), -1)
+    return table_CQ[:, None].expand(size).flatten(0, 1), table_TQ[None].expand(size).flatten(0, 1)
+
+
+def _narrow_down(
+    problem: _Problem,
+    sums: _Sums,
+    own: Range,
+    global_scale: Tensor | None,
+    coarse_C: Tensor,
+    middle_C: Tensor,
+    fine_C: Tensor,
+    limit: Tensor,
+) -> _Found:
+    """The best of more and more of the scales around the best ones so far."""
+    grid, is_symmetric = problem.format.grid, problem.format.symmetric
+    make = functools.partial(_make_candidates, problem, own, global_scale)
+    list_steps = functools.partial(_list_steps, own.min, is_symmetric)
+    first = make(_Places(*_cross(torch.ones_like(own.min)[None], list_steps(_PLACES[:1]))))
+    base_Q = first.scale_CQ[0]
+
+    def score(candidates: _Candidates, sum_powers: Callable[[_Candidates], Tensor] = sums.powers) -> Tensor:
+        return sum_powers(candidates) * torch.pow(candidates.scale_CQ / base_Q, problem.power.exponent)
+
+    score_roughly = functools.partial(score, sum_powers=sums.rough or sums.powers)
+    places = _Places(*_cross(coarse_C[:, None].expand(-1, len(own.min)), list_steps(_PLACES)))
+    candidates = make(places)
+    best = _Best.of(score_roughly(candidates), candidates, places)
+    ratio_1Q = torch.ones_like(best.places.ratio_CQ)
+    if grid.type == "int":
+        ratio_CQ = torch.minimum(best.places.ratio_CQ * middle_C[:, None], limit)
+        places = _Places(*_cross(ratio_CQ, (best.places.place_CQ + list_steps(_NEAR_PLACES)).clamp(0, 1)))
+        candidates = make(places)
+        best = best.improve(score_roughly(candidates), candidates, places)
+        ratio_1Q = best.places.ratio_CQ
+    if sums.rough:
+        # What the group's own range gives is a candidate, too.
+        best_or_first = best._replace(error_Q=score(best.candidate)[0])
+        best = best_or_first.improve(score(first), first, best.places)
+    ratio_CQ = torch.minimum(fine_C[:, None] * ratio_1Q, limit)
+    places = _Places(ratio_CQ, best.places.place_CQ.expand_as(ratio_CQ))
+    candidates = make(places)
+    spacing = fine_C[1] - fine_C[0]
+    if problem.power.exponent == 2:
+        error, slope, curvature = sums.moments(candidates).unbind(0)
+        ratio_CQ = candidates.scale_CQ / base_Q
+        curvature = curvature.clamp(min=torch.finfo(torch.float32).tiny)
+        index_Q = ((error - slope * slope / curvature) * ratio_CQ * ratio_CQ).argmin(0)
+        change_1Q = 1 - _take(slope / curvature, index_Q)
+        # Where few scales can be stored those beside it are looked at.
+        near_C = torch.stack([spacing * 0, -spacing, spacing]) * 0.05
+        near_C = near_C + torch.sign(near_C) * torch.finfo(problem.dtype).eps * 0.7
+    else:
+        errors_CQ = score(candidates)
+        best = best.improve(errors_CQ, candidates, places)
+        index_Q = errors_CQ.argmin(0)
+        change_1Q = torch.ones_like(base_Q)[None]
+        near_C = torch.linspace(-1, 1, _LAST, device=base_Q.device) * spacing
+    chosen = candidates.take(index_Q)
+    scale_CQ = (chosen.scale_CQ * change_1Q * (1 + near_C[:, None])).to(base_Q.dtype)
+    scale_CQ, steps_CQ = _cross(_store(problem, scale_CQ, global_scale), list_steps(_NEAR_ZERO_POINTS))
+    zero_point_CQ = None
+    if chosen.zero_point_CQ is not None:
+        zero_point_CQ = chosen.zero_point_CQ.expand_as(scale_CQ)
+        if grid.type == "int":
+            zero_point_CQ = (zero_point_CQ + steps_CQ).clamp(grid.qmin, grid.qmax)
+    last = _Candidates(scale_CQ, zero_point_CQ)
+    best = best.improve(score(last), last, places.take(index_Q))
+    zero_point_Q = None if best.candidate.zero_point_CQ is None else best.candidate.zero_point_CQ[0]
+    return _report(problem, own, best.error_Q, base_Q, best.candidate.scale_CQ[0], zero_point_Q)
+
+
+class _Best(NamedTuple):
+    """The best candidate of each group so far."""
+
+    error_Q: Tensor
+    candidate: _Candidates
+    places: _Places
+
+    @classmethod
+    def of(cls, errors_CQ: Tensor, candidates: _Candidates, places: _Places) -> "_Best":
+        """The best of some candidates."""
+        index_Q = errors_CQ.argmin(0)
+        return cls(_take(errors_CQ, index_Q)[0], candidates.take(index_Q), places.take(index_Q))
+
+    def improve(self, errors_CQ: Tensor, candidates: _Candidates, places: _Places) -> "_Best":
+        """The best of these and of more candidates; of places there may be one for all of those."""
+        index_Q = errors_CQ.argmin(0)
+        error_Q = _take(errors_CQ, index_Q)[0]
+        is_better_Q = error_Q < self.error_Q
+        candidate = candidates.take(index_Q)
+        places = places if len(places.ratio_CQ) == 1 else places.take(index_Q)
+
+        def choose(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(is_better_Q, new, old)
+
+        zero_point_1Q = None
+        if candidate.zero_point_CQ is not None and self.candidate.zero_point_CQ is not None:
+            zero_point_1Q = choose(candidate.zero_point_CQ, self.candidate.zero_point_CQ)
+        return _Best(
+            choose(error_Q, self.error_Q),
+            _Candidates(choose(candidate.scale_CQ, self.candidate.scale_CQ), zero_point_1Q),
+            _Places(*map(choose, places, self.places)),
+        )
+
+
+def _list_steps(like_Q: Tensor, is_symmetric: bool, steps: tuple[float, ...]) -> Tensor:
+    """Of an asymmetric format all of ``steps``, of a symmetric one the first, [T, Q]."""
+    listed = steps[:1] if is_symmetric else steps
+    return torch.tensor(listed, device=like_Q.device)[:, None].expand(-1, len(like_Q))
+
+
+def _make_candidates(problem: _Problem, own: Range, global_scale: Tensor | None, places: _Places) -> _Candidates:
+    """The candidates at places."""
+    grid = problem.format.grid
+    if problem.format.symmetric:
+        exact_Q = calculate_exact_scale(own.min, own.max, problem.format, None)
+        return _Candidates(_store(problem, exact_Q * places.ratio_CQ, global_scale), None)
+    low_Q = own.min.clamp(max=0)
+    span_Q = own.max.clamp(min=0) - low_Q
+    num_steps = grid.qmax - grid.qmin
+    scale_CQ = _store(problem, span_Q / num_steps * places.ratio_CQ, global_scale)
+    low_CQ = low_Q + places.place_CQ * (span_Q - scale_CQ * num_steps)
+    return _Candidates(scale_CQ, grid.round((grid.qmin - low_CQ / scale_CQ).clamp(grid.qmin, grid.qmax)))
+
+
+def _store(problem: _Problem, scale: Tensor, global_scale: Tensor | None) -> Tensor:
+    """A scale as it will be stored, in units of x."""
+    dtype = problem.format.scale_dtype or problem.dtype
+    if global_scale is None:
+        return round_scale(scale, dtype)
+    return round_scale(scale * global_scale, dtype) / global_scale

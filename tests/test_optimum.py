@@ -1,0 +1,223 @@
+"""The search for the optimum against all that could be stored, tried one by one in float64."""
+
+from unittest import mock
+
+import pytest
+import torch
+from cases import MXFP4, MXFP8, NVFP4, make_args, make_weight
+from compressed_tensors.quantization.lifecycle import fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import find_least_errors, sum_errors
+
+from fxmse.compiling import compilation
+from fxmse.errors import Range
+from fxmse.layout import Layout
+from fxmse.numerics import Format
+from fxmse.observers import Observer
+from fxmse.optimum import _NUM_SAMPLED, find_global_range, find_optimum
+from fxmse.power import AbsolutePower
+
+KINDS = ("normal", "heavy", "skewed")
+
+
+def quantize(weight, args, name="exact_mse", **kwargs):
+    qparams = Observer.load_from_registry(name, base_name="weight", args=args, **kwargs)(weight).get_qparams()
+    return fake_quantize(weight, qparams["scale"], qparams["zero_point"], args, global_scale=qparams["global_scale"])
+
+
+def get_error(weight, args, name="exact_mse", **kwargs):
+    return (quantize(weight, args, name, **kwargs).double() - weight.double()).square().sum()
+
+
+def cut(weight, args):
+    tiles = Layout.of(args, "weight").tiles(weight, 1 << 20)
+    return torch.cat([tile.flatten(1, -2).transpose(0, 1).flatten(1) for tile in tiles])
+
+
+SCHEMES = {
+    "int8 tensor": (make_args(8), (16, 128)),
+    "int8 channel": (make_args(8, strategy="channel"), (8, 256)),
+    "int8 g128": (make_args(8, strategy="group", group_size=128), (8, 256)),
+    "int8 g32": (make_args(8, strategy="group", group_size=32), (16, 128)),
+    "int6 channel": (make_args(6, strategy="channel"), (8, 256)),
+    "int4 tensor": (make_args(4), (16, 128)),
+    "int4 channel": (make_args(4, strategy="channel"), (8, 256)),
+    "int4 g128": (make_args(4, strategy="group", group_size=128), (8, 256)),
+    "int4 g32": (make_args(4, strategy="group", group_size=32), (16, 128)),
+    "int3 g64": (make_args(3, strategy="group", group_size=64), (16, 128)),
+    "int2 g32": (make_args(2, strategy="group", group_size=32), (16, 128)),
+    "fp8 channel": (make_args(8, type="float", strategy="channel"), (8, 256)),
+    "fp8 tensor": (make_args(8, type="float"), (16, 128)),
+    "fp8 block": (make_args(8, type="float", strategy="block", block_structure=[16, 32]), (33, 32)),
+    "int4 g128 asymmetric": (make_args(4, strategy="group", group_size=128, symmetric=False), (8, 128)),
+    "int3 g64 asymmetric": (make_args(3, strategy="group", group_size=64, symmetric=False), (8, 128)),
+    "int2 g32 asymmetric": (make_args(2, strategy="group", group_size=32, symmetric=False), (16, 64)),
+    "int4 tensor asymmetric": (make_args(4, symmetric=False), (8, 128)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_error_is_within_half_a_percent_of_the_least(scheme, kind):
+    args, (rows, columns) = SCHEMES[scheme]
+    weight = make_weight(kind, rows=rows, columns=columns)
+    num_scales = {True: 2000 if args.num_bits == 8 else 700, False: 200}[args.symmetric]
+    least = find_least_errors(cut(weight, args), args, num_scales=num_scales).sum()
+    assert get_error(weight, args) <= 1.005 * least
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", ["int8 channel", "int4 g32", "fp8 channel"])
+def test_half_precision_scales_are_searched_as_they_are_stored(scheme, dtype):
+    args, (rows, columns) = SCHEMES[scheme]
+    weight = make_weight("normal", rows=rows, columns=columns).to(dtype)
+    found = find_optimum(weight, Format.of(args), Layout.of(args, "weight"), AbsolutePower.of(2.0))
+    qparams = Observer.load_from_registry("exact_mse", base_name="weight", args=args)(weight).get_qparams()
+    assert qparams["scale"].dtype == dtype
+    assert found.max.shape == qparams["scale"].shape
+    # The arithmetic is exact here, that of the stored scale is not.
+    quantized = fake_quantize(weight.double(), qparams["scale"].double(), qparams["zero_point"], args)
+    least = find_least_errors(cut(weight, args), args, num_scales=1500)
+    assert (quantized - weight.double()).square().sum() <= 1.005 * least.sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("args", [MXFP4, MXFP8], ids=["mxfp4", "mxfp8"])
+def test_of_powers_of_two_the_best_is_found(args, kind):
+    weight = make_weight(kind, rows=64, columns=128)
+    least = find_least_errors(cut(weight, args), args).sum()
+    torch.testing.assert_close(get_error(weight, args), least, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_a_given_global_scale_the_best_e4m3_scale_is_found(kind):
+    weight = make_weight(kind, rows=64, columns=128)
+    global_scale = 448 * 6 / (2 * weight.abs().amax().reshape(1))
+    layout = Layout.of(NVFP4, "weight")
+    found = find_optimum(weight, Format.of(NVFP4), layout, AbsolutePower.of(2.0), global_scale=global_scale)
+    scale, zero_point = calculate_qparams(*found, NVFP4, global_scale)
+    quantized = fake_quantize(weight, scale, zero_point, NVFP4, global_scale=global_scale)
+    error = (quantized.double() - weight.double()).square().sum()
+    torch.testing.assert_close(
+        error, find_least_errors(cut(weight, NVFP4), NVFP4, global_scale).sum(), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nvfp4_is_within_a_thousandth_of_the_least_error_over_global_scales(kind):
+    weight = make_weight(kind, rows=32, columns=64)
+    first = 448 * 6 / weight.abs().amax()
+    tried = [find_least_errors(cut(weight, NVFP4), NVFP4, first * 2 ** (-i / 16)).sum() for i in range(32)]
+    assert get_error(weight, NVFP4) <= 1.001 * torch.stack(tried).amin()
+
+
+def test_nvfp4_of_normal_data_has_three_quarters_of_the_error_of_min_and_max():
+    weight = make_weight("normal", rows=128, columns=256)
+    ratio = get_error(weight, NVFP4) / get_error(weight, NVFP4, "memoryless_minmax")
+    assert ratio < 0.735
+
+
+def test_large_weights_are_judged_by_some_groups():
+    torch.manual_seed(0)
+    weight = torch.randn(1024, 512)
+    weight[::100, 5] *= 30
+    assert weight.numel() // 16 > 2 * _NUM_SAMPLED
+    sampled = get_error(weight, NVFP4)
+    with mock.patch("fxmse.optimum._NUM_SAMPLED", 1 << 20):
+        assert sampled <= 1.001 * get_error(weight, NVFP4)
+
+
+def test_weights_that_share_a_global_scale_are_searched_together():
+    weights = [make_weight("normal", seed=1), make_weight("heavy", seed=2) / 8]
+    powers = AbsolutePower.of(2.0)
+    format_, layout = Format.of(NVFP4), Layout.of(NVFP4, "weight")
+    shared = find_global_range(weights, format_, layout, powers, [None, None])
+
+    def sum_least(range_):
+        global_scale = 448 * 6 / range_.max
+        return sum(find_least_errors(cut(weight, NVFP4), NVFP4, global_scale).sum() for weight in weights)
+
+    reach = max(weight.abs().amax() for weight in weights)
+    tried = [sum_least(Range(None, reach * 2 ** (i / 16))) for i in range(32)]
+    assert sum_least(shared) <= 1.001 * min(tried)
+
+
+@pytest.mark.parametrize("name", ["int8 channel", "int4 g32", "fp8 channel"])
+def test_importance_weighs_the_errors(name):
+    args, (rows, columns) = SCHEMES[name]
+    weight, activations = make_weight("heavy", rows=rows, columns=columns), torch.randn(64, columns) ** 3
+    observer = Observer.load_from_registry("exact_mse", base_name="weight", args=args, importance=True)
+    observer.importance(activations)
+    qparams = observer(weight).get_qparams()
+    quantized = fake_quantize(weight, qparams["scale"], qparams["zero_point"], args)
+    importance = activations.double().square().mean(0).expand_as(weight)
+    least = find_least_errors(cut(weight, args), args, 1.0, 1500, cut(importance, args)).sum()
+    assert ((quantized.double() - weight.double()).square() * importance).sum() <= 1.005 * least
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([2, 3, 4, 8]),
+    st.booleans(),
+    st.sampled_from([1.0, 2.0, 2.4, 3.0]),
+    st.integers(-20, 20),
+    st.integers(0, 10_000),
+)
+def test_no_range_is_worse_than_that_of_min_and_max(num_bits, symmetric, norm, power, seed):
+    args = make_args(num_bits, strategy="group", group_size=16, symmetric=symmetric)
+    weight = make_weight("heavy", rows=8, columns=32, seed=seed) * 2.0**power
+
+    def get_errors(name, **kwargs):
+        qparams = Observer.load_from_registry(name, base_name="weight", args=args, **kwargs)(weight).get_qparams()
+        zero_point = qparams["zero_point"].double().flatten()
+        return sum_errors(cut(weight, args).double(), qparams["scale"].double().flatten(), zero_point, args, norm)
+
+    assert (get_errors("exact_mse", norm=norm) <= get_errors("memoryless_minmax") * (1 + 1e-5)).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(list(SCHEMES)), st.integers(-30, 30), st.sampled_from([2.0, 2.4]))
+def test_a_power_of_two_moves_the_scales_alone(scheme, power, norm):
+    args, (rows, columns) = SCHEMES[scheme]
+    weight = make_weight("heavy", rows=rows, columns=columns)
+    ours, moved = (
+        Observer.load_from_registry("exact_mse", base_name="weight", args=args, norm=norm)(value).get_qparams()
+        for value in (weight, weight * 2.0**power)
+    )
+    assert torch.equal(moved["scale"], ours["scale"] * 2.0**power)
+    assert torch.equal(moved["zero_point"], ours["zero_point"])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "norm"), [("int8 channel", 2.0), ("int4 g128 asymmetric", 2.0), ("fp8 block", 2.4), ("int8 tensor", 2.0)]
+)
+def test_compiled_and_uncompiled_searches_find_as_little_error(scheme, norm):
+    args = SCHEMES[scheme][0]
+    weight = make_weight("heavy", rows=64, columns=256)
+    with compilation("never"):
+        expected = get_error(weight, args, norm=norm)
+    torch.testing.assert_close(get_error(weight, args, norm=norm), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["special"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "mxfp4", "nvfp4"])
+def test_dead_and_constant_groups_keep_a_usable_scale(scheme, kind):
+    args = {"mxfp4": MXFP4, "nvfp4": NVFP4}.get(scheme) or SCHEMES[scheme][0]
+    weight = make_weight(kind, rows=24, columns=128)
+    weight[:16] = 0
+    qparams = Observer.load_from_registry("exact_mse", base_name="weight", args=args)(weight).get_qparams()
+    assert qparams["scale"].float().isfinite().all()
+    assert (qparams["scale"].float() > 0).all()
+    assert not quantize(weight, args)[:16].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scheme", ["int8 channel", "int4 g128 asymmetric", "fp8 tensor", "mxfp4", "nvfp4"])
+def test_nan_and_inf_are_named(scheme, bad):
+    args = {"mxfp4": MXFP4, "nvfp4": NVFP4}.get(scheme) or SCHEMES[scheme][0]
+    weight = make_weight("normal", rows=8, columns=128)
+    weight[3, 7] = bad
+    with pytest.raises(ValueError, match=r"weight has \d NaN and \d Inf among 1024 elements"):
+        Observer.load_from_registry("exact_mse", base_name="weight", args=args)(weight)
