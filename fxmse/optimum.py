@@ -68,7 +68,7 @@ _SPACING = 0.4  # between two scales of the fine part, in parts of 1 / qmax
 _MIN_FINE = 8
 # Of an asymmetric grid's range in the group's: from its lower end to its upper end.
 _PLACES = (0.5, 0.0, 0.25, 0.75, 1.0)
-_NEAR_PLACES = (0.0, -0.125, 0.125)
+_NEAR_PLACES = tuple(i / 32 for i in range(-5, 6) if i)
 _NEAR_ZERO_POINTS = (0.0, -1.0, 1.0, -2.0, 2.0)
 # A float grid has the same values at twice the scale but for its smallest, and its largest are then not used: less than
 # twice the group's own scale is enough. As errors are in proportion to the elements, there is no trend to follow.
@@ -77,13 +77,16 @@ _NUM_POWERS_OF_TWO = 3  # the group's own, the one above and the one below
 # Values that were counted, of which there may be many different ones: the first scales are tried on fewer.
 _ROUGH = 1 << 11
 _COUNTED = 1 << 10  # they are cut into parts of this length
+# Much of an activation may be next to one value, as behind a GELU: the trend is as jagged as for a group of so few
+# elements, but each valley is wide.
+_COUNTED_AS = (128, 0.8, tuple(0.7 * i for i in range(-4, 5) if i))
 _LAST = 9  # scales around the best, where its valley's bottom does not follow from moments
 
 # Places of an octave where the global scale of tensor_group is tried: many for few groups, whose error is more jagged.
 # At the octave's upper end the group of the largest element can have all scales that are worth trying.
 _MIN_GLOBAL, _MAX_GLOBAL = 16, 64
-_NUM_SAMPLED = 1 << 13  # so many of the largest groups are looked at for it, and as many of all
-_MAX_AT_ONCE = 1 << 14  # groups
+_NUM_SAMPLED = 1 << 12  # so many of the largest groups are looked at for it, and as many of all
+_MAX_AT_ONCE = 1 << 13  # groups
 
 
 @dataclass(frozen=True)
@@ -120,41 +123,49 @@ class _Plan:
     middle: tuple[float, ...]
     fine: tuple[float, ...]
     limit: float
+    last: tuple[float, ...]  # changes of the scale that are tried with several zero points at the end
 
     @classmethod
     @functools.cache
-    def of(cls, format: Format, num_elements: int) -> "_Plan":
-        """The plan for groups of so many elements."""
+    def of(
+        cls, format: Format, num_elements: int, spacing: float = _SPACING, changes: tuple[float, ...] = ()
+    ) -> "_Plan":
+        """The plan for groups of so many elements; spacing and the last changes are in parts of 1 / qmax."""
         grid = format.grid
         if grid.type == "float":
             low, high = 1 - 2.0**-grid.mantissa_bits, 1.97
             num_fine = math.ceil(math.log(high / low) / _FLOAT_SPACING * 2**grid.mantissa_bits)
             fine = tuple(low * (high / low) ** (i / (num_fine - 1)) for i in range(num_fine))
-            return cls((1.0,), (), fine, 2.0)
+            return cls((1.0,), (), fine, 2.0, ())
         # All of a symmetric grid's range is used where the largest element is at its upper, smaller end.
         top = (grid.qmax - grid.qmin) / 2 / grid.qmax if format.symmetric else 1.0
         noise = 1 / math.sqrt(num_elements)
         width = min(max(_MIN_WIDTH, _WIDTH * noise), _MAX_WIDTH)
-        num_fine = max(_MIN_FINE, math.ceil(2 * width * grid.qmax / _SPACING))
+        num_fine = max(_MIN_FINE, math.ceil(2 * width * grid.qmax / spacing))
         fine = tuple(1 - width + 2 * width * i / (num_fine - 1) for i in range(num_fine))
         coarse = (1.0, *(top * ratio for ratio in _COARSE if top * ratio != 1))
-        return cls(coarse, _MIDDLE, fine, top * (1 + _ABOVE * noise))
+        last = () if format.symmetric else tuple(change / grid.qmax for change in changes)
+        return cls(coarse, _MIDDLE, fine, top * (1 + _ABOVE * noise), last)
 
     @property
     def num_candidates(self) -> int:
         """How many are evaluated."""
         return len(self.coarse) + len(self.middle) + 2 * len(self.fine) + _LAST
 
-    def make_tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    @property
+    def work(self) -> int:
+        """:func:`pays_to_compile`'s measure: a graph of this search takes some four times as long to compile."""
+        return max(1, self.num_candidates // 4)
+
+    def make_tensors(self, device: torch.device) -> tuple[Tensor, ...]:
         """The plan for a graph that is the same for all plans."""
         return _make_tensors(self, device)
 
 
 @functools.cache
-def _make_tensors(plan: _Plan, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tables = (plan.coarse, plan.middle, plan.fine, (plan.limit,))
-    coarse, middle, fine, limit = (torch.tensor(table, device=device) for table in tables)
-    return coarse, middle, fine, limit
+def _make_tensors(plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
+    tables = (plan.coarse, plan.middle, plan.fine, (plan.limit,), plan.last)
+    return tuple(torch.tensor(table, device=device) for table in tables)
 
 
 class _Candidates(NamedTuple):
@@ -214,7 +225,7 @@ def find_optimum(
     size = value.numel() // math.prod(shape)
     problem = _Problem(format, power, False, value.dtype)
     plan = _Plan.of(format, size)
-    is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.num_candidates)
+    is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.work)
     problem = replace(problem, reads_pairs=is_compiled and importance is None and holds_pairs(value, layout))
     max_elements = MAX_COPIED if value.dtype in HALF and not problem.reads_pairs else MAX_ELEMENTS
     max_groups = max(1, min(MAX_TABLE // (problem.num_scales or max(16, len(plan.fine))), max_elements // size))
@@ -255,8 +266,8 @@ def find_optimum_of_counts(
         torch.where(has_any_QN, values_N, math.inf).amin(1), torch.where(has_any_QN, values_N, -math.inf).amax(1)
     )
     tile = _make_tile(values_N, counts_QN)
-    plan = _Plan.of(format, _COUNTED)
-    is_compiled = pays_to_compile(problem, counts_QN, plan.num_candidates)
+    plan = _Plan.of(format, *_COUNTED_AS)
+    is_compiled = pays_to_compile(problem, counts_QN, problem.num_scales or plan.work)
     if problem.num_scales:
         found = _search_tile(problem, plan, tile, global_scale, is_compiled, own)
     else:
@@ -521,6 +532,7 @@ def _narrow_down(
     middle_C: Tensor,
     fine_C: Tensor,
     limit: Tensor,
+    last_C: Tensor,
 ) -> _Found:
     """The best of more and more of the scales around the best ones so far."""
     grid, is_symmetric = problem.format.grid, problem.format.symmetric
@@ -532,24 +544,26 @@ def _narrow_down(
     def score(candidates: _Candidates, sum_powers: Callable[[_Candidates], Tensor] = sums.powers) -> Tensor:
         return sum_powers(candidates) * torch.pow(candidates.scale_CQ / base_Q, problem.power.exponent)
 
-    score_roughly = functools.partial(score, sum_powers=sums.rough or sums.powers)
     places = _Places(*_cross(coarse_C[:, None].expand(-1, len(own.min)), list_steps(_PLACES)))
     candidates = make(places)
-    best = _Best.of(score_roughly(candidates), candidates, places)
+    best = _Best.of(score(candidates, sums.rough or sums.powers), candidates, places)
+    if sums.rough:
+        # What the group's own range gives is a candidate, too.
+        best = best._replace(error_Q=score(best.candidate)[0]).improve(score(first), first, best.places)
     ratio_1Q = torch.ones_like(best.places.ratio_CQ)
     if grid.type == "int":
         ratio_CQ = torch.minimum(best.places.ratio_CQ * middle_C[:, None], limit)
-        places = _Places(*_cross(ratio_CQ, (best.places.place_CQ + list_steps(_NEAR_PLACES)).clamp(0, 1)))
-        candidates = make(places)
-        best = best.improve(score_roughly(candidates), candidates, places)
+        best = best.improve_at(_Places(*_cross(ratio_CQ, list_steps(_PLACES))), make, score)
+        if not is_symmetric:
+            near_TQ = (best.places.place_CQ + list_steps(_NEAR_PLACES)).clamp(0, 1)
+            best = best.improve_at(_Places(*_cross(best.places.ratio_CQ, near_TQ)), make, score)
         ratio_1Q = best.places.ratio_CQ
-    if sums.rough:
-        # What the group's own range gives is a candidate, too.
-        best_or_first = best._replace(error_Q=score(best.candidate)[0])
-        best = best_or_first.improve(score(first), first, best.places)
     ratio_CQ = torch.minimum(fine_C[:, None] * ratio_1Q, limit)
     places = _Places(ratio_CQ, best.places.place_CQ.expand_as(ratio_CQ))
     candidates = make(places)
+    if best.candidate.zero_point_CQ is not None:
+        # Where little is clamped the place is next to arbitrary, and no place for smaller scales.
+        candidates = candidates._replace(zero_point_CQ=best.candidate.zero_point_CQ.expand_as(ratio_CQ))
     spacing = fine_C[1] - fine_C[0]
     if problem.power.exponent == 2:
         error, slope, curvature = sums.moments(candidates).unbind(0)
@@ -566,6 +580,7 @@ def _narrow_down(
         index_Q = errors_CQ.argmin(0)
         change_1Q = torch.ones_like(base_Q)[None]
         near_C = torch.linspace(-1, 1, _LAST, device=base_Q.device) * spacing
+    near_C = torch.cat([near_C, last_C])
     chosen = candidates.take(index_Q)
     scale_CQ = (chosen.scale_CQ * change_1Q * (1 + near_C[:, None])).to(base_Q.dtype)
     scale_CQ, steps_CQ = _cross(_store(problem, scale_CQ, global_scale), list_steps(_NEAR_ZERO_POINTS))
@@ -592,6 +607,16 @@ class _Best(NamedTuple):
         """The best of some candidates."""
         index_Q = errors_CQ.argmin(0)
         return cls(_take(errors_CQ, index_Q)[0], candidates.take(index_Q), places.take(index_Q))
+
+    def improve_at(
+        self,
+        places: _Places,
+        make: Callable[[_Places], _Candidates],
+        score: Callable[[_Candidates], Tensor],
+    ) -> "_Best":
+        """The best of these and of the candidates at places."""
+        candidates = make(places)
+        return self.improve(score(candidates), candidates, places)
 
     def improve(self, errors_CQ: Tensor, candidates: _Candidates, places: _Places) -> "_Best":
         """The best of these and of more candidates; of places there may be one for all of those."""
