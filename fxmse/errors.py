@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxmse.compiling import is_traced
+from fxmse.compiling import is_traced, run
 from fxmse.layout import Layout
 from fxmse.numerics import Format, Grid, keep
 from fxmse.power import AbsolutePower
@@ -31,6 +31,7 @@ __all__ = [
     "cut_groups",
     "holds_pairs",
     "measure",
+    "measure_tiles",
     "split_pairs",
     "sum_moments",
     "sum_powers",
@@ -118,6 +119,14 @@ def measure(_: None, values_OQPG: Tensor) -> Range:
     """The range [Q] of each group of a tile."""
     dims = (0, -2, -1)
     return Range(values_OQPG.amin(dims).flatten().float(), values_OQPG.amax(dims).flatten().float())
+
+
+@torch.no_grad()
+def measure_tiles(value: Tensor, layout: Layout, is_compiled: bool) -> Range:
+    """The smallest and largest value of each group, [Q]."""
+    tiles = (cut_groups(tile, None).values_OQPG for tile in layout.tiles(value.detach(), MAX_TABLE))
+    parts = [run(is_compiled, measure, None, tile) for tile in tiles]
+    return Range(torch.cat([part.min for part in parts]), torch.cat([part.max for part in parts]))
 
 
 def count_parts(arithmetic: Arithmetic, values_OQPG: Tensor, num_candidates: int) -> int:

@@ -40,6 +40,7 @@ from fxmse.errors import (
     cut_groups,
     holds_pairs,
     measure,
+    measure_tiles,
     split_pairs,
     sum_moments,
     sum_powers,
@@ -85,7 +86,7 @@ _LAST = 9  # scales around the best, where its valley's bottom does not follow f
 # Places of an octave where the global scale of tensor_group is tried: many for few groups, whose error is more jagged.
 # At the octave's upper end the group of the largest element can have all scales that are worth trying.
 _MIN_GLOBAL, _MAX_GLOBAL = 16, 64
-_NUM_SAMPLED = 1 << 12  # so many of the largest groups are looked at for it, and as many of all
+_NUM_SAMPLED = 1 << 11  # so many of the largest groups are looked at for it, and as many of all
 _MAX_AT_ONCE = 1 << 13  # groups
 
 
@@ -317,10 +318,12 @@ def find_global_range(
     assert layout.group_size is not None
     problem = _Problem(format, power, False, values[0].dtype)
     with torch.no_grad():
-        samples = [
-            _sample_groups(value.detach().reshape(-1, layout.group_size), importance, value.shape[-1])
-            for value, importance in zip(values, importances, strict=True)
-        ]
+        samples = []
+        for value, importance in zip(values, importances, strict=True):
+            groups_QG = value.detach().reshape(-1, layout.group_size)
+            # All groups are measured, which is compiled where the search that follows is.
+            is_compiled = pays_to_compile(problem, value, 0)
+            samples.append(_sample_groups(groups_QG, importance, value.shape[-1], is_compiled))
         largest = torch.stack([sample.absmax for sample in samples]).amax()
         num_groups = sum(len(sample.groups_QG) for sample in samples)
         num_places = min(max(_MAX_AT_ONCE * _MIN_GLOBAL // num_groups, _MIN_GLOBAL), _MAX_GLOBAL)
@@ -340,8 +343,8 @@ class _Sample(NamedTuple):
     absmax: Tensor  # of all groups
 
 
-def _sample_groups(groups_QG: Tensor, importance: Tensor | None, num_channels: int) -> _Sample:
-    own = measure(None, groups_QG[None, :, None])
+def _sample_groups(groups_QG: Tensor, importance: Tensor | None, num_channels: int, is_compiled: bool) -> _Sample:
+    own = measure_tiles(groups_QG, Layout("weight", "channel"), is_compiled)
     absmax_Q = torch.maximum(-own.min, own.max)
     total, device = len(groups_QG), groups_QG.device
     if total <= 2 * _NUM_SAMPLED:
@@ -561,9 +564,11 @@ def _narrow_down(
     ratio_CQ = torch.minimum(fine_C[:, None] * ratio_1Q, limit)
     places = _Places(ratio_CQ, best.places.place_CQ.expand_as(ratio_CQ))
     candidates = make(places)
-    if best.candidate.zero_point_CQ is not None:
-        # Where little is clamped the place is next to arbitrary, and no place for smaller scales.
-        candidates = candidates._replace(zero_point_CQ=best.candidate.zero_point_CQ.expand_as(ratio_CQ))
+    if best.candidate.zero_point_CQ is not None and candidates.zero_point_CQ is not None:
+        # Where little is clamped the place is arbitrary and may not do for smaller scales: with the zero point, too.
+        zero_point_CQ = best.candidate.zero_point_CQ.expand_as(ratio_CQ)
+        candidates = _Candidates(candidates.scale_CQ.repeat(2, 1), torch.cat([candidates.zero_point_CQ, zero_point_CQ]))
+        places = _Places(places.ratio_CQ.repeat(2, 1), places.place_CQ.repeat(2, 1))
     spacing = fine_C[1] - fine_C[0]
     if problem.power.exponent == 2:
         error, slope, curvature = sums.moments(candidates).unbind(0)
@@ -584,12 +589,10 @@ def _narrow_down(
     chosen = candidates.take(index_Q)
     scale_CQ = (chosen.scale_CQ * change_1Q * (1 + near_C[:, None])).to(base_Q.dtype)
     scale_CQ, steps_CQ = _cross(_store(problem, scale_CQ, global_scale), list_steps(_NEAR_ZERO_POINTS))
-    zero_point_CQ = None
+    last = _Candidates(scale_CQ, None)
     if chosen.zero_point_CQ is not None:
-        zero_point_CQ = chosen.zero_point_CQ.expand_as(scale_CQ)
-        if grid.type == "int":
-            zero_point_CQ = (zero_point_CQ + steps_CQ).clamp(grid.qmin, grid.qmax)
-    last = _Candidates(scale_CQ, zero_point_CQ)
+        steps_CQ = steps_CQ if grid.type == "int" else torch.zeros_like(steps_CQ)
+        last = _Candidates(scale_CQ, (chosen.zero_point_CQ + steps_CQ).clamp(grid.qmin, grid.qmax))
     best = best.improve(score(last), last, places.take(index_Q))
     zero_point_Q = None if best.candidate.zero_point_CQ is None else best.candidate.zero_point_CQ[0]
     return _report(problem, own, best.error_Q, base_Q, best.candidate.scale_CQ[0], zero_point_Q)

@@ -39,6 +39,7 @@ from fxmse.errors import (
     cut_groups,
     holds_pairs,
     measure,
+    measure_tiles,
     split_pairs,
     sum_powers,
 )
@@ -269,7 +270,7 @@ def _search_largest_groups(
     groups_QG = value.detach().reshape(-1, layout.group_size)
     if len(groups_QG) <= 4 * _NUM_LARGEST:
         return None
-    own = _measure_tiles(groups_QG, Layout("weight", "channel"), is_compiled)
+    own = measure_tiles(groups_QG, Layout("weight", "channel"), is_compiled)
     absmax_Q = torch.maximum(-own.min, own.max)
     largest = absmax_Q.topk(_NUM_LARGEST + 1)
     spread = torch.arange(0, len(groups_QG), len(groups_QG) // _NUM_LARGEST, device=value.device)
@@ -287,16 +288,8 @@ def _search_largest_groups(
 def measure_range(value: Tensor, layout: Layout) -> Range:
     """The smallest and largest value of each group."""
     shape = layout.qparam_shape(value.shape)
-    own = _measure_tiles(value, layout, is_compiled=False)
+    own = measure_tiles(value, layout, is_compiled=False)
     return Range(own.min.reshape(shape), own.max.reshape(shape))
-
-
-@torch.no_grad()
-def _measure_tiles(value: Tensor, layout: Layout, is_compiled: bool) -> Range:
-    """The smallest and largest value of each group, [Q]."""
-    tiles = (cut_groups(tile, None).values_OQPG for tile in layout.tiles(value.detach(), MAX_TABLE))
-    parts = [run(is_compiled, measure, None, tile) for tile in tiles]
-    return Range(torch.cat([part.min for part in parts]), torch.cat([part.max for part in parts]))
 
 
 def _search_tiles(
