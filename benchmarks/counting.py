@@ -3,8 +3,8 @@
     python benchmarks/counting.py [--runs 25] [--device cpu]
 
 A pass is ``value.aminmax()``. "Kernel" is what ``exact_mse`` counts with, "index" what it does where there is no
-compiler, ``mse`` and ``static_minmax`` are those observers. Medians in ms, all in turn on the same value; the values are
-GELUs of normal ones. "Finish" is the search of what was counted, int8 asymmetric, which is done once.
+compiler, ``mse`` and ``static_minmax`` are those observers. Medians in ms, all in turn on the same value, a GELU of
+normal ones. "Finish" is the search of what was counted, int8 asymmetric, which is done once.
 """
 
 import argparse
