@@ -58,13 +58,14 @@ from fxmse.power import AbsolutePower
 
 __all__ = ["find_global_range", "find_optimum", "find_optimum_of_counts"]
 
-# Of integer grids, in parts of the scale of the group's own range.
+# Of integer grids, in parts of the scale of the group's own range. Widths and spacings were chosen so that errors stay
+# within .3 % of the least for groups of 32 to 4096 normal, heavy-tailed, skewed and real values of 2 to 8 bits.
 _COARSE = tuple(2.0 ** (-i / 3) for i in range(12))  # down to a thirteenth
 _MIDDLE = tuple(2.0 ** (i / 10.5) for i in range(-3, 4) if i)  # between the neighbours of the best of these
 _MIN_WIDTH = 0.05  # of the fine part, to either side: half of what two scales of the middle part are apart
-_WIDTH = 2.2  # and at least so many parts of sqrt(G)
+_WIDTH = 2.2  # and at least so many times 1 / sqrt(G)
 _MAX_WIDTH = 0.4
-_ABOVE = 1.13  # of the group's own range at most so many parts of sqrt(G) are left unused
+_ABOVE = 1.13  # times 1 / sqrt(G): how far above the group's own range
 _SPACING = 0.4  # between two scales of the fine part, in parts of 1 / qmax
 _MIN_FINE = 8
 # Of an asymmetric grid's range in the group's: from its lower end to its upper end.
@@ -538,64 +539,114 @@ def _narrow_down(
     last_C: Tensor,
 ) -> _Found:
     """The best of more and more of the scales around the best ones so far."""
-    grid, is_symmetric = problem.format.grid, problem.format.symmetric
-    make = functools.partial(_make_candidates, problem, own, global_scale)
-    list_steps = functools.partial(_list_steps, own.min, is_symmetric)
-    first = make(_Places(*_cross(torch.ones_like(own.min)[None], list_steps(_PLACES[:1]))))
-    base_Q = first.scale_CQ[0]
+    search = _Search.of(problem, sums, own, global_scale)
+    best = search.look_around(coarse_C, middle_C, limit)
+    ratio_1Q = best.places.ratio_CQ if problem.format.grid.type == "int" else torch.ones_like(best.places.ratio_CQ)
+    candidates, places = search.list_valleys(best, torch.minimum(fine_C[:, None] * ratio_1Q, limit))
+    best = search.look_closely(best, candidates, places, fine_C[1] - fine_C[0], last_C)
+    scale_1Q, zero_point_1Q = best.candidate
+    zero_point_Q = None if zero_point_1Q is None else zero_point_1Q[0]
+    return _report(problem, own, best.error_Q, search.first.scale_CQ[0], scale_1Q[0], zero_point_Q)
 
-    def score(candidates: _Candidates, sum_powers: Callable[[_Candidates], Tensor] = sums.powers) -> Tensor:
-        return sum_powers(candidates) * torch.pow(candidates.scale_CQ / base_Q, problem.power.exponent)
 
-    places = _Places(*_cross(coarse_C[:, None].expand(-1, len(own.min)), list_steps(_PLACES)))
-    candidates = make(places)
-    best = _Best.of(score(candidates, sums.rough or sums.powers), candidates, places)
-    if sums.rough:
-        # What the group's own range gives is a candidate, too.
-        best = best._replace(error_Q=score(best.candidate)[0]).improve(score(first), first, best.places)
-    ratio_1Q = torch.ones_like(best.places.ratio_CQ)
-    if grid.type == "int":
+@dataclass(frozen=True)
+class _Search:
+    """The search of one tile; ``first`` is the scale of each group's own range, which errors are in units of."""
+
+    problem: _Problem
+    sums: _Sums
+    own: Range
+    global_scale: Tensor | None
+    first: _Candidates
+
+    @classmethod
+    def of(cls, problem: _Problem, sums: _Sums, own: Range, global_scale: Tensor | None) -> "_Search":
+        """The search of groups of these ranges."""
+        one_1Q = torch.ones_like(own.min)[None]
+        first = _make_candidates(problem, own, global_scale, _Places(one_1Q, one_1Q * 0))
+        return cls(problem, sums, own, global_scale, first)
+
+    def look_around(self, coarse_C: Tensor, middle_C: Tensor, limit: Tensor) -> "_Best":
+        """The best of some scales over all that may be best, with an asymmetric format at several places."""
+        sums, places_TQ = self.sums, self._list_steps(_PLACES)
+        places = _Places(*_cross(coarse_C[:, None].expand(-1, len(self.own.min)), places_TQ))
+        candidates = self._make(places)
+        best = _Best.of(self._score(candidates, sums.rough or sums.powers), candidates, places)
+        if sums.rough:
+            # What the group's own range gives is a candidate, too.
+            exact = best._replace(error_Q=self._score(best.candidate)[0])
+            best = exact.improve(self._score(self.first), self.first, best.places)
+        if self.problem.format.grid.type == "float":
+            return best
         ratio_CQ = torch.minimum(best.places.ratio_CQ * middle_C[:, None], limit)
-        best = best.improve_at(_Places(*_cross(ratio_CQ, list_steps(_PLACES))), make, score)
-        if not is_symmetric:
-            near_TQ = (best.places.place_CQ + list_steps(_NEAR_PLACES)).clamp(0, 1)
-            best = best.improve_at(_Places(*_cross(best.places.ratio_CQ, near_TQ)), make, score)
-        ratio_1Q = best.places.ratio_CQ
-    ratio_CQ = torch.minimum(fine_C[:, None] * ratio_1Q, limit)
-    places = _Places(ratio_CQ, best.places.place_CQ.expand_as(ratio_CQ))
-    candidates = make(places)
-    if best.candidate.zero_point_CQ is not None and candidates.zero_point_CQ is not None:
-        # Where little is clamped the place is arbitrary and may not do for smaller scales: with the zero point, too.
-        zero_point_CQ = best.candidate.zero_point_CQ.expand_as(ratio_CQ)
-        candidates = _Candidates(candidates.scale_CQ.repeat(2, 1), torch.cat([candidates.zero_point_CQ, zero_point_CQ]))
-        places = _Places(places.ratio_CQ.repeat(2, 1), places.place_CQ.repeat(2, 1))
-    spacing = fine_C[1] - fine_C[0]
-    if problem.power.exponent == 2:
-        error, slope, curvature = sums.moments(candidates).unbind(0)
-        ratio_CQ = candidates.scale_CQ / base_Q
-        curvature = curvature.clamp(min=torch.finfo(torch.float32).tiny)
-        index_Q = ((error - slope * slope / curvature) * ratio_CQ * ratio_CQ).argmin(0)
-        change_1Q = 1 - _take(slope / curvature, index_Q)
-        # Where few scales can be stored those beside it are looked at.
-        near_C = torch.stack([spacing * 0, -spacing, spacing]) * 0.05
-        near_C = near_C + torch.sign(near_C) * torch.finfo(problem.dtype).eps * 0.7
-    else:
-        errors_CQ = score(candidates)
-        best = best.improve(errors_CQ, candidates, places)
-        index_Q = errors_CQ.argmin(0)
-        change_1Q = torch.ones_like(base_Q)[None]
-        near_C = torch.linspace(-1, 1, _LAST, device=base_Q.device) * spacing
-    near_C = torch.cat([near_C, last_C])
-    chosen = candidates.take(index_Q)
-    scale_CQ = (chosen.scale_CQ * change_1Q * (1 + near_C[:, None])).to(base_Q.dtype)
-    scale_CQ, steps_CQ = _cross(_store(problem, scale_CQ, global_scale), list_steps(_NEAR_ZERO_POINTS))
-    last = _Candidates(scale_CQ, None)
-    if chosen.zero_point_CQ is not None:
-        steps_CQ = steps_CQ if grid.type == "int" else torch.zeros_like(steps_CQ)
-        last = _Candidates(scale_CQ, (chosen.zero_point_CQ + steps_CQ).clamp(grid.qmin, grid.qmax))
-    best = best.improve(score(last), last, places.take(index_Q))
-    zero_point_Q = None if best.candidate.zero_point_CQ is None else best.candidate.zero_point_CQ[0]
-    return _report(problem, own, best.error_Q, base_Q, best.candidate.scale_CQ[0], zero_point_Q)
+        best = self._improve_at(best, _Places(*_cross(ratio_CQ, places_TQ)))
+        if self.problem.format.symmetric:
+            return best
+        near_TQ = (best.places.place_CQ + self._list_steps(_NEAR_PLACES)).clamp(0, 1)
+        return self._improve_at(best, _Places(*_cross(best.places.ratio_CQ, near_TQ)))
+
+    def list_valleys(self, best: "_Best", ratio_CQ: Tensor) -> tuple[_Candidates, _Places]:
+        """Candidates of these scales near the best one."""
+        places = _Places(ratio_CQ, best.places.place_CQ.expand_as(ratio_CQ))
+        candidates = self._make(places)
+        if best.candidate.zero_point_CQ is None or candidates.zero_point_CQ is None:
+            return candidates, places
+        # Where little is clamped the place is arbitrary and may not do for other scales: with the zero point, too.
+        zero_point_CQ = torch.cat([candidates.zero_point_CQ, best.candidate.zero_point_CQ.expand_as(ratio_CQ)])
+        return _Candidates(candidates.scale_CQ.repeat(2, 1), zero_point_CQ), _Places(*(t.repeat(2, 1) for t in places))
+
+    def look_closely(
+        self, best: "_Best", candidates: _Candidates, places: _Places, spacing: Tensor, last_C: Tensor
+    ) -> "_Best":
+        """The best scale and zero point of the best valley that the candidates are in."""
+        if self.problem.power.exponent == 2:
+            index_Q, change_1Q = self._follow_moments(candidates)
+            # Where few scales can be stored those beside it are looked at.
+            change = spacing * 0.05 + torch.finfo(self.problem.dtype).eps * 0.7
+            near_C = torch.stack([change * 0, -change, change])
+        else:
+            errors_CQ = self._score(candidates)
+            best = best.improve(errors_CQ, candidates, places)
+            index_Q = errors_CQ.argmin(0)
+            change_1Q = torch.ones_like(best.places.ratio_CQ)
+            near_C = torch.linspace(-1, 1, _LAST, device=spacing.device) * spacing
+        changes_C1 = 1 + torch.cat([near_C, last_C])[:, None]
+        chosen = candidates.take(index_Q)
+        scale_CQ = (chosen.scale_CQ * change_1Q * changes_C1).to(chosen.scale_CQ.dtype)
+        scale_CQ = _store(self.problem, scale_CQ, self.global_scale)
+        scale_CQ, steps_CQ = _cross(scale_CQ, self._list_steps(_NEAR_ZERO_POINTS))
+        last = _Candidates(scale_CQ, None)
+        if chosen.zero_point_CQ is not None:
+            grid = self.problem.format.grid
+            steps_CQ = steps_CQ if grid.type == "int" else torch.zeros_like(steps_CQ)
+            last = _Candidates(scale_CQ, (chosen.zero_point_CQ + steps_CQ).clamp(grid.qmin, grid.qmax))
+        return best.improve(self._score(last), last, places.take(index_Q))
+
+    def _follow_moments(self, candidates: _Candidates) -> tuple[Tensor, Tensor]:
+        """Which candidate's valley is deepest, and how many times its scale the bottom is."""
+        error_CQ, slope_CQ, curvature_CQ = self.sums.moments(candidates).unbind(0)
+        ratio_CQ = candidates.scale_CQ / self.first.scale_CQ
+        curvature_CQ = curvature_CQ.clamp(min=torch.finfo(torch.float32).tiny)
+        depth_CQ = (error_CQ - slope_CQ * slope_CQ / curvature_CQ) * ratio_CQ * ratio_CQ
+        index_Q = depth_CQ.argmin(0)
+        return index_Q, 1 - _take(slope_CQ / curvature_CQ, index_Q)
+
+    def _improve_at(self, best: "_Best", places: _Places) -> "_Best":
+        candidates = self._make(places)
+        return best.improve(self._score(candidates), candidates, places)
+
+    def _make(self, places: _Places) -> _Candidates:
+        return _make_candidates(self.problem, self.own, self.global_scale, places)
+
+    def _score(self, candidates: _Candidates, sum_powers: Callable[[_Candidates], Tensor] | None = None) -> Tensor:
+        """The errors, in units of the first scale ** norm."""
+        sums_CQ = (sum_powers or self.sums.powers)(candidates)
+        return sums_CQ * torch.pow(candidates.scale_CQ / self.first.scale_CQ, self.problem.power.exponent)
+
+    def _list_steps(self, steps: tuple[float, ...]) -> Tensor:
+        """Of an asymmetric format all of ``steps``, of a symmetric one the first, [T, Q]."""
+        listed = steps[:1] if self.problem.format.symmetric else steps
+        return torch.tensor(listed, device=self.own.min.device)[:, None].expand(-1, len(self.own.min))
 
 
 class _Best(NamedTuple):
@@ -610,16 +661,6 @@ class _Best(NamedTuple):
         """The best of some candidates."""
         index_Q = errors_CQ.argmin(0)
         return cls(_take(errors_CQ, index_Q)[0], candidates.take(index_Q), places.take(index_Q))
-
-    def improve_at(
-        self,
-        places: _Places,
-        make: Callable[[_Places], _Candidates],
-        score: Callable[[_Candidates], Tensor],
-    ) -> "_Best":
-        """The best of these and of the candidates at places."""
-        candidates = make(places)
-        return self.improve(score(candidates), candidates, places)
 
     def improve(self, errors_CQ: Tensor, candidates: _Candidates, places: _Places) -> "_Best":
         """The best of these and of more candidates; of places there may be one for all of those."""
@@ -640,12 +681,6 @@ class _Best(NamedTuple):
             _Candidates(choose(candidate.scale_CQ, self.candidate.scale_CQ), zero_point_1Q),
             _Places(*map(choose, places, self.places)),
         )
-
-
-def _list_steps(like_Q: Tensor, is_symmetric: bool, steps: tuple[float, ...]) -> Tensor:
-    """Of an asymmetric format all of ``steps``, of a symmetric one the first, [T, Q]."""
-    listed = steps[:1] if is_symmetric else steps
-    return torch.tensor(listed, device=like_Q.device)[:, None].expand(-1, len(like_Q))
 
 
 def _make_candidates(problem: _Problem, own: Range, global_scale: Tensor | None, places: _Places) -> _Candidates:
