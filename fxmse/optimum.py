@@ -99,7 +99,7 @@ class _Problem(Arithmetic):
 
     @property
     def num_scales(self) -> int | None:
-        """How many stored scales can be best, from ``_top_ratio`` times the group's own downwards; None for many."""
+        """How many stored scales can be best, from ``top_ratio`` times the group's own downwards; None for many."""
         if self.format.is_mx:
             return _NUM_POWERS_OF_TWO
         if self.format.scale_dtype != torch.float8_e4m3fn or not self.format.symmetric:
