@@ -16,12 +16,12 @@ from torch import Tensor
 from fxmse.compiling import attempt, pays_to_compile
 from fxmse.layout import Layout
 
-__all__ = ["convert_counts", "count", "count_non_finite", "list_values"]
+__all__ = ["convert_counts", "count", "count_non_finite", "count_patterns", "list_values"]
 
 _MAX_ENTRIES = 1 << 26  # of a table: half a gigabyte
 _AT_A_TIME = 1 << 22  # elements whose indices are held at a time
 _MIN_PARALLEL = 1 << 17  # elements; a second thread has a table of its own to add
-# Increments need no vectors but two tables at work, and OpenMP no more than a loop.
+# A thread counts groups of its own; of one group each counts a part, all but the first in a table of their own.
 _SOURCE = """
 #include <cstdint>
 #include <vector>

@@ -5,8 +5,9 @@ group or of such a part.
 """
 
 import functools
+import itertools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,13 +15,11 @@ import torch
 from torch import Tensor
 
 from fxmse.compiling import is_traced, run
-from fxmse.layout import Layout
+from fxmse.layout import MAX_ELEMENTS, Layout
 from fxmse.numerics import Format, Grid, keep
 from fxmse.power import AbsolutePower
 
 __all__ = [
-    "HALF",
-    "MAX_COPIED",
     "MAX_TABLE",
     "Arithmetic",
     "Range",
@@ -29,8 +28,11 @@ __all__ = [
     "count_parts",
     "cover_ranges",
     "cut_groups",
+    "cut_tiles",
+    "find_max_elements",
     "holds_pairs",
     "measure",
+    "measure_pairs",
     "measure_tiles",
     "split_pairs",
     "sum_moments",
@@ -41,10 +43,9 @@ __all__ = [
 _MAX_EAGER = 1 << 20
 MAX_TABLE = 1 << 18
 """Entries of a table [C, Q]: 1 MiB in float32, 2 MiB in float64, whatever the value's size."""
-MAX_COPIED = 1 << 18
-"""Elements of half precision that are copied to float32 at a time, where they cannot be read as pairs."""
-HALF = (torch.bfloat16, torch.float16)
-"""The dtypes of half precision."""
+# Elements of half precision that are copied to float32 at a time, where they cannot be read as pairs.
+_MAX_COPIED = 1 << 18
+_HALF = (torch.bfloat16, torch.float16)
 # Groups are cut into parts of one of these lengths. It is a constant of the graph: the innermost loop needs no check
 # for its end then and is two to three times as fast, and float32 sums of so few errors are exact enough.
 _PARTS = (128, 64, 32, 16)
@@ -98,6 +99,19 @@ def cut_groups(values_OQG: Tensor, weights_QG: Tensor | None) -> Tile:
     return Tile(values_OQG.unflatten(-1, (-1, part)), weights_OQPG)
 
 
+def cut_tiles(value: Tensor, layout: Layout, max_groups: int, importance: Tensor | None) -> Iterator[Tile]:
+    """A value's tiles, of at most about so many groups; the errors of channels count as ``importance`` says."""
+    weights: Iterable[Tensor | None] = itertools.repeat(None)
+    if importance is not None:
+        weights = layout.channel_tiles(importance, value.shape, max_groups)
+    return map(cut_groups, layout.tiles(value.detach(), max_groups), weights)
+
+
+def find_max_elements(arithmetic: Arithmetic, dtype: torch.dtype) -> int:
+    """How many elements of a value a tile may have, so that copies stay small."""
+    return _MAX_COPIED if dtype in _HALF and not arithmetic.reads_pairs else MAX_ELEMENTS
+
+
 def _choose_part(length: int, parts: tuple[int, ...], default: int) -> int:
     return next((part for part in parts if length % part == 0), default)
 
@@ -121,6 +135,15 @@ def measure(_: None, values_OQPG: Tensor) -> Range:
     return Range(values_OQPG.amin(dims).flatten().float(), values_OQPG.amax(dims).flatten().float())
 
 
+def measure_pairs(arithmetic: Arithmetic, values_OQPG: Tensor) -> Range:
+    """:func:`measure`, of what :func:`as_readable` gives."""
+    ranges = [measure(None, part) for part in split_pairs(arithmetic, values_OQPG)]
+    return Range(
+        functools.reduce(torch.minimum, (part.min for part in ranges)),
+        functools.reduce(torch.maximum, (part.max for part in ranges)),
+    )
+
+
 @torch.no_grad()
 def measure_tiles(value: Tensor, layout: Layout, is_compiled: bool) -> Range:
     """The smallest and largest value of each group, [Q]."""
@@ -134,13 +157,13 @@ def count_parts(arithmetic: Arithmetic, values_OQPG: Tensor, num_candidates: int
     if is_traced(values_OQPG):
         return 1
     num_parts = -(-values_OQPG.shape[:-1].numel() * num_candidates // MAX_TABLE)
-    if values_OQPG.dtype in HALF and not arithmetic.reads_pairs:
-        num_parts = max(num_parts, -(-values_OQPG.numel() // MAX_COPIED))
+    if values_OQPG.dtype in _HALF and not arithmetic.reads_pairs:
+        num_parts = max(num_parts, -(-values_OQPG.numel() // _MAX_COPIED))
     return max(1, min(num_parts, len(values_OQPG)))
 
 
 def as_readable(arithmetic: Arithmetic, values_OQPG: Tensor) -> Tensor:
-    """What ``_sum_errors`` reads: a view of pairs, or float32."""
+    """What sums are made of: a view of pairs, or float32."""
     if arithmetic.reads_pairs:
         return values_OQPG.view(torch.float32)
     return values_OQPG if is_traced(values_OQPG) else values_OQPG.float()

@@ -80,10 +80,9 @@ class ExactMSEObserver(ImportanceObserver):
     def _counts_values(self) -> bool:
         return self.base_name != "weight" and not self.is_local
 
-    def update(self, state: State, value: Tensor) -> State:
-        """As :meth:`Observer.update`; of an activation, one more value is counted."""
+    def _update_met(self, state: State, value: Tensor) -> State:
         if not self._counts_values:
-            return super().update(state, value)
+            return super()._update_met(state, value)
         assert state.like is not None
         value = value.to(state.like.dtype)
         if torch.compiler.is_compiling():

@@ -192,7 +192,7 @@ class Observer(Stateful[State], RegistryMixin):
             return
         if not value.is_floating_point():
             raise ValueError(f"{self.base_name} has dtype {value.dtype}: expected a float dtype")
-        self.state = self.update(self._meet(self.state, value), value)
+        self.state = self.update(self.state, value)
 
     def _meet(self, state: State, value: Tensor) -> State:
         """The state with what it has to know of a value's dtype and device."""
@@ -217,7 +217,11 @@ class Observer(Stateful[State], RegistryMixin):
         return State()
 
     def update(self, state: State, value: Tensor) -> State:
-        """The state after ``value`` was seen, whose dtype and device ``state.like`` already has."""
+        """The state after ``value`` was seen."""
+        return self._update_met(self._meet(state, value), value)
+
+    def _update_met(self, state: State, value: Tensor) -> State:
+        """:meth:`update`, where ``state.like`` has the value's dtype and device already."""
         if self.layout.strategy == "tensor_group":
             state = self.update_global(state, value)
         return state if self.is_local else self._update_groups(state, value)
@@ -339,12 +343,11 @@ class _AveragingObserver(Observer):
     depends on the order of the values, so that this is near the one of all of them, not equal to it.
     """
 
-    def update(self, state: State, value: Tensor) -> State:
-        """As :meth:`Observer.update`."""
+    def _update_met(self, state: State, value: Tensor) -> State:
         num_values = torch.ones((), dtype=torch.int64, device=value.device)
         if state.num_values is not None:
             num_values = num_values + state.num_values
-        return super().update(state, value)._replace(num_values=num_values)
+        return super()._update_met(state, value)._replace(num_values=num_values)
 
     def accumulate(self, old: Range | None, new: Range) -> Range:
         """The moving average; the first range as it is."""

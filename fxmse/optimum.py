@@ -17,9 +17,8 @@ Shape suffixes as in :mod:`fxmse.errors`; J counts global scales, N different va
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,8 +27,6 @@ from torch import Tensor
 
 from fxmse.compiling import pays_to_compile, run
 from fxmse.errors import (
-    HALF,
-    MAX_COPIED,
     MAX_TABLE,
     Arithmetic,
     Range,
@@ -38,14 +35,15 @@ from fxmse.errors import (
     count_parts,
     cover_ranges,
     cut_groups,
+    cut_tiles,
+    find_max_elements,
     holds_pairs,
-    measure,
+    measure_pairs,
     measure_tiles,
-    split_pairs,
     sum_moments,
     sum_powers,
 )
-from fxmse.layout import MAX_ELEMENTS, Layout
+from fxmse.layout import Layout
 from fxmse.numerics import (
     Format,
     calculate_exact_scale,
@@ -74,7 +72,7 @@ _NEAR_PLACES = tuple(i / 32 for i in range(-5, 6) if i)
 _NEAR_ZERO_POINTS = (0.0, -1.0, 1.0, -2.0, 2.0)
 # A float grid has the same values at twice the scale but for its smallest, and its largest are then not used: less than
 # twice the group's own scale is enough. As errors are in proportion to the elements, there is no trend to follow.
-_FLOAT_SPACING = 0.09  # in parts of 2 ** mantissa_bits
+_FLOAT_SPACING = 0.09  # of the scales' logarithms, in parts of 2 ** -mantissa_bits
 _NUM_POWERS_OF_TWO = 3  # the group's own, the one above and the one below
 # Values that were counted, of which there may be many different ones: the first scales are tried on fewer.
 _ROUGH = 1 << 11
@@ -156,7 +154,7 @@ class _Plan:
 
     @property
     def work(self) -> int:
-        """:func:`pays_to_compile`'s measure: a graph of this search takes some four times as long to compile."""
+        """:func:`pays_to_compile`'s measure; less than the candidates, as this search takes longer to compile."""
         return max(1, self.num_candidates // 4)
 
     def make_tensors(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -229,13 +227,10 @@ def find_optimum(
     plan = _Plan.of(format, size)
     is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.work)
     problem = replace(problem, reads_pairs=is_compiled and importance is None and holds_pairs(value, layout))
-    max_elements = MAX_COPIED if value.dtype in HALF and not problem.reads_pairs else MAX_ELEMENTS
+    max_elements = find_max_elements(problem, value.dtype)
     max_groups = max(1, min(MAX_TABLE // (problem.num_scales or max(16, len(plan.fine))), max_elements // size))
-    weights: Iterable[Tensor | None] = itertools.repeat(None)
-    if importance is not None:
-        weights = layout.channel_tiles(importance, value.shape, max_groups)
     with torch.no_grad():
-        tiles = map(cut_groups, layout.tiles(value.detach(), max_groups), weights)
+        tiles = cut_tiles(value, layout, max_groups, importance)
         found = [_search_tile(problem, plan, tile, global_scale, is_compiled) for tile in tiles]
     return Range(*(torch.cat(part).reshape(shape) for part in list(zip(*found, strict=True))[:2]))
 
@@ -392,17 +387,18 @@ def _search_tile(
 ) -> _Found:
     """The best of each group; ``own`` is the groups' range where it does not follow from the tile's values."""
     values_OQPG, weights_OQPG = tile
-    readable = as_readable(problem, values_OQPG)
+    num_groups = values_OQPG.shape[1:-2].numel()
     if global_scale is not None:
         # One for each group, so that one graph does for one and for several.
-        global_scale = global_scale.expand(values_OQPG.shape[1:-2].numel()).contiguous()
+        global_scale = global_scale.expand(num_groups).contiguous()
+    if not problem.num_scales and (own is not None or num_groups == 1):
+        return _search_spread(problem, plan, tile, global_scale, is_compiled, own)
+    readable = as_readable(problem, values_OQPG)
     if problem.num_scales:
         low, high = own or (None, None)
         return _Found(*run(is_compiled, _pick_stored, problem, readable, global_scale, weights_OQPG, low, high))
-    if own is None and values_OQPG.shape[1:-2].numel() > 1:
-        tensors = plan.make_tensors(readable.device)
-        return _Found(*run(is_compiled, _search_at_once, problem, readable, global_scale, weights_OQPG, *tensors))
-    return _search_spread(problem, plan, tile, global_scale, is_compiled, own)
+    tensors = plan.make_tensors(readable.device)
+    return _Found(*run(is_compiled, _search_at_once, problem, readable, global_scale, weights_OQPG, *tensors))
 
 
 def _pick_stored(
@@ -415,7 +411,7 @@ def _pick_stored(
 ) -> _Found:
     """The best of the scales that can be stored and are worth trying."""
     assert problem.num_scales
-    own = _measure_pairs(problem, values_OQPG) if low_Q is None or high_Q is None else Range(low_Q, high_Q)
+    own = measure_pairs(problem, values_OQPG) if low_Q is None or high_Q is None else Range(low_Q, high_Q)
     exact_Q = calculate_exact_scale(own.min, own.max, problem.format, global_scale) * problem.top_ratio
     scale_KQ, _ = list_stored_scales(exact_Q, problem.format, problem.num_scales)
     if global_scale is not None:
@@ -429,14 +425,6 @@ def _pick_stored(
         scale_Q = torch.where(errors_KQ[k] < error_Q, scale_KQ[k], scale_Q)
         error_Q = torch.minimum(error_Q, errors_KQ[k])
     return _report(problem, own, error_Q, base_Q, scale_Q, None)
-
-
-def _measure_pairs(problem: _Problem, values_OQPG: Tensor) -> Range:
-    ranges = [measure(None, part) for part in split_pairs(problem, values_OQPG)]
-    return Range(
-        functools.reduce(torch.minimum, (part.min for part in ranges)),
-        functools.reduce(torch.maximum, (part.max for part in ranges)),
-    )
 
 
 def _report(
@@ -468,7 +456,7 @@ def _search_at_once(
         lambda candidates: sum_powers(problem, values_OQPG, *candidates, weights_OQPG),
         lambda candidates: sum_moments(problem, values_OQPG, *candidates, weights_OQPG),
     )
-    return _narrow_down(problem, sums, _measure_pairs(problem, values_OQPG), global_scale, *plan)
+    return _narrow_down(problem, sums, measure_pairs(problem, values_OQPG), global_scale, *plan)
 
 
 def _search_spread(
@@ -485,7 +473,7 @@ def _search_spread(
     num_candidates = max(num_candidates, len(plan.fine))
     parts = _split(problem, tile, num_candidates)
     if own is None:
-        own = cover_ranges([run(is_compiled, _measure_pairs, problem, part.values_OQPG) for part in parts])
+        own = cover_ranges([run(is_compiled, measure_pairs, problem, part.values_OQPG) for part in parts])
 
     def make(stage: Callable[..., Tensor], parts: list[Tile]) -> Callable[[_Candidates], Tensor]:
         def sum_parts(candidates: _Candidates) -> Tensor:

@@ -16,9 +16,8 @@ Shape suffixes as in :mod:`fxmse.errors`, and K different scales, W words of a b
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NamedTuple
@@ -28,8 +27,6 @@ from torch import Tensor
 
 from fxmse.compiling import MIN_COMPILED, is_traced, pays_to_compile, reads_flags, run, unrolls
 from fxmse.errors import (
-    HALF,
-    MAX_COPIED,
     MAX_TABLE,
     Arithmetic,
     Range,
@@ -37,13 +34,15 @@ from fxmse.errors import (
     as_readable,
     count_parts,
     cut_groups,
+    cut_tiles,
+    find_max_elements,
     holds_pairs,
     measure,
+    measure_pairs,
     measure_tiles,
-    split_pairs,
     sum_powers,
 )
-from fxmse.layout import MAX_ELEMENTS, Layout
+from fxmse.layout import Layout
 from fxmse.numerics import (
     Format,
     calculate_exact_scale,
@@ -215,19 +214,12 @@ def search(
     is_compiled = pays_to_compile(problem, value, num_steps)
     reads_pairs = is_compiled and importance is None and holds_pairs(value, layout)
     problem = replace(problem, reads_pairs=reads_pairs)
-    max_elements = MAX_COPIED if value.dtype in HALF and not reads_pairs else MAX_ELEMENTS
     # With few stored scales a dozen tables are held at a time, else three.
     max_groups = min(
         MAX_TABLE // (4 * problem.num_scales if problem.num_scales else num_steps),
-        max_elements * math.prod(shape) // value.numel(),
+        find_max_elements(problem, value.dtype) * math.prod(shape) // value.numel(),
     )
-
-    def cut() -> Iterator[Tile]:
-        weights: Iterable[Tensor | None] = itertools.repeat(None)
-        if importance is not None:
-            weights = layout.channel_tiles(importance, value.shape, max_groups)
-        return map(cut_groups, layout.tiles(value.detach(), max_groups), weights)
-
+    cut = functools.partial(cut_tiles, value, layout, max_groups, importance)
     with torch.no_grad():
         best, _ = _search_tiles(problem, cut, _factors_on(options, value), global_scale, is_compiled)
     return Range(best.min.reshape(shape), best.max.reshape(shape))
@@ -420,9 +412,7 @@ def _score_at_once(
     weights_OQPG: Tensor | None,
 ) -> tuple[Range, Tensor, Tensor]:
     """All of ``_score`` in one graph, where no candidate is left out: each call costs."""
-    ranges = [measure(None, part) for part in split_pairs(problem, values_OQPG)]
-    low_Q = functools.reduce(torch.minimum, (part.min for part in ranges))
-    high_Q = functools.reduce(torch.maximum, (part.max for part in ranges))
+    low_Q, high_Q = measure_pairs(problem, values_OQPG)
     own = Range(low_Q * problem.expand, high_Q * problem.expand)
     errors_CQ = _sum_errors(problem, values_OQPG, factors_C, global_scale, *own, weights_OQPG)
     if problem.num_scales:

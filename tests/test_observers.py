@@ -426,3 +426,19 @@ def test_state_can_be_taken_and_given_back():
         "num_values",
         "like",
     }
+
+
+@pytest.mark.parametrize("name", [*NAMES, "exact_mse"])
+def test_the_state_machine_is_pure_functions_of_states(name):
+    batches = make_batches("skewed", 3)
+    args = ACTIVATION_ARGS["int8_asym_tensor"]
+    observer = Observer.load_from_registry(name, base_name="input", args=args)
+    state = observer.init()
+    for batch in batches:
+        state = observer.update(state, batch)
+    finished = observer.finish(observer.merge(observer.init(), state))
+    assert observer.state == observer.init()  # nothing of it was kept
+    for batch in batches:
+        observer(batch)
+    assert torch.equal(observer.finish(observer.state).max_vals, finished.max_vals)
+    assert torch.equal(observer.finish(observer.state).min_vals, finished.min_vals)

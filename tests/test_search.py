@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
 import fxmse.compiling as compiling
+import fxmse.errors as errors
 import fxmse.search as search_module
 from fxmse.compiling import compilation
 from fxmse.layout import Layout
@@ -502,8 +503,16 @@ def test_errors_of_many_observations_add_up(args, dtype, monkeypatch):
     layout, format_, options = Layout.of(args, "input"), Format.of(args), SearchOptions(maxshrink=0.6)
     whole = search(value, format_, layout, options)
     assert (whole.max < measure_range(value, layout).max).any()
-    monkeypatch.setattr(search_module, "MAX_ELEMENTS", 1000)
+    num_parts = []
+
+    def count_parts(*arguments):
+        num_parts.append(errors.count_parts(*arguments))
+        return num_parts[-1]
+
+    monkeypatch.setattr(errors, "MAX_TABLE", 1000)
+    monkeypatch.setattr(search_module, "count_parts", count_parts)
     cut = search(value, format_, layout, options)
+    assert min(num_parts) > 1
     assert torch.equal(whole.min, cut.min)
     assert torch.equal(whole.max, cut.max)
 
