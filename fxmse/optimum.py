@@ -57,7 +57,7 @@ from fxmse.power import AbsolutePower
 __all__ = ["find_global_range", "find_optimum", "find_optimum_of_counts"]
 
 # Of integer grids, in parts of the scale of the group's own range. Widths and spacings were chosen so that errors stay
-# within .3 % of the least for groups of 32 to 4096 normal, heavy-tailed, skewed and real values of 2 to 8 bits.
+# within .4 % of the least for groups of 32 to 4096 normal, heavy-tailed, skewed and real values of 2 to 8 bits.
 _COARSE = tuple(2.0 ** (-i / 3) for i in range(12))  # down to a thirteenth
 _MIDDLE = tuple(2.0 ** (i / 10.5) for i in range(-3, 4) if i)  # between the neighbours of the best of these
 _MIN_WIDTH = 0.05  # of the fine part, to either side: half of what two scales of the middle part are apart
