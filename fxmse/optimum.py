@@ -85,8 +85,8 @@ _LAST = 9  # scales around the best, where its valley's bottom does not follow f
 # Places of an octave where the global scale of tensor_group is tried: many for few groups, whose error is more jagged.
 # At the octave's upper end the group of the largest element can have all scales that are worth trying.
 _MIN_GLOBAL, _MAX_GLOBAL = 16, 64
-_NUM_SAMPLED = 1 << 11  # so many of the largest groups are looked at for it, and as many of all
-_MAX_AT_ONCE = 1 << 13  # groups
+_NUM_SAMPLED = 1 << 12  # groups that are looked at for it
+_MAX_AT_ONCE = 1 << 14  # groups
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def find_global_range(
     """Finds the range, shape (1,), that the global scale follows from which weights of tensor_group are best with.
 
     All of an octave is tried: another octave has the same scales but for the smallest and largest ones. Weights of many
-    groups are judged by the largest and by some of the others.
+    groups are judged by a sample.
 
     Args:
         values: weights that share their global scale.
@@ -319,15 +319,15 @@ def find_global_range(
             groups_QG = value.detach().reshape(-1, layout.group_size)
             # All groups are measured, which is compiled where the search that follows is.
             is_compiled = pays_to_compile(problem, value, 0)
-            samples.append(_sample_groups(groups_QG, importance, value.shape[-1], is_compiled))
+            samples.append(_sample_groups(groups_QG, importance, power.exponent, is_compiled))
         largest = torch.stack([sample.absmax for sample in samples]).amax()
         num_groups = sum(len(sample.groups_QG) for sample in samples)
-        num_places = min(max(_MAX_AT_ONCE * _MIN_GLOBAL // num_groups, _MIN_GLOBAL), _MAX_GLOBAL)
+        num_places = min(max(_NUM_SAMPLED * _MIN_GLOBAL // num_groups, _MIN_GLOBAL), _MAX_GLOBAL)
         range_J = largest * 2 * torch.exp2(torch.arange(num_places, device=largest.device) / num_places)
         total_J = torch.stack([_sum_best_errors(problem, sample, range_J) for sample in samples]).sum(0)
         best = range_J[total_J.argmin()].reshape(1)
     # Without a branch: what is not finite stays so.
-    return Range(-best, best + largest * 0)
+    return Range(-best, best + largest * 0.0)
 
 
 class _Sample(NamedTuple):
@@ -339,24 +339,27 @@ class _Sample(NamedTuple):
     absmax: Tensor  # of all groups
 
 
-def _sample_groups(groups_QG: Tensor, importance: Tensor | None, num_channels: int, is_compiled: bool) -> _Sample:
+def _sample_groups(groups_QG: Tensor, importance: Tensor | None, exponent: float, is_compiled: bool) -> _Sample:
+    """All groups, or of many some: systematically, each as likely as its largest magnitude ** norm is large."""
     own = measure_tiles(groups_QG, Layout("weight", "channel"), is_compiled)
-    absmax_Q = torch.maximum(-own.min, own.max)
-    total, device = len(groups_QG), groups_QG.device
-    if total <= 2 * _NUM_SAMPLED:
-        index_Q, num_Q = torch.arange(total, device=device), torch.ones(total, device=device)
-    else:
-        largest = absmax_Q.topk(_NUM_SAMPLED)
-        some_Q = torch.arange(0, total, total // _NUM_SAMPLED, device=device)
-        is_other_Q = (absmax_Q[some_Q] < largest.values[-1]).float()
-        num_others_Q = is_other_Q * ((total - _NUM_SAMPLED) / is_other_Q.sum().clamp(min=1))
-        index_Q = torch.cat([largest.indices, some_Q])
-        num_Q = torch.cat([torch.ones_like(largest.values), num_others_Q])
-    weights_QG = None
-    if importance is not None:
-        by_group = importance.reshape(-1, groups_QG.shape[1])
-        weights_QG = by_group[index_Q % (num_channels // groups_QG.shape[1])]
-    return _Sample(groups_QG[index_Q], weights_QG, num_Q, absmax_Q.amax())
+    absmax_Q = torch.maximum(own.min.neg_(), own.max)
+    largest, total = absmax_Q.amax(), len(groups_QG)
+    by_group = None if importance is None else importance.reshape(-1, groups_QG.shape[1])
+    if total <= _NUM_SAMPLED:
+        weights_QG = None if by_group is None else by_group.repeat(total // len(by_group), 1)
+        return _Sample(groups_QG, weights_QG, torch.ones_like(absmax_Q), largest)
+    # In place: new memory costs more than the arithmetic.
+    share_Q = absmax_Q.div_(largest).pow_(exponent)
+    if by_group is not None:
+        share_Q.view(-1, len(by_group)).mul_(by_group.mean(1) / by_group.mean())
+    # Whole numbers, whose sums are the same in any order. What is not finite counts as some number.
+    size_Q = share_Q.mul_(2.0**24).long().clamp_(min=1)
+    end_Q = size_Q.cumsum(0)
+    step = end_Q[-1].double() / _NUM_SAMPLED
+    places_N = torch.arange(0.5, _NUM_SAMPLED, device=groups_QG.device, dtype=torch.float64) * step
+    index_N = torch.searchsorted(end_Q, places_N.long(), right=True).clamp_(max=total - 1)
+    weights_NG = None if by_group is None else by_group[index_N % len(by_group)]
+    return _Sample(groups_QG[index_N], weights_NG, step / size_Q[index_N], largest)
 
 
 def _sum_best_errors(problem: _Problem, sample: _Sample, largest_J: Tensor) -> Tensor:
@@ -431,8 +434,8 @@ def _report(
     problem: _Problem, own: Range, error_Q: Tensor, base_Q: Tensor, scale_Q: Tensor, zero_point_Q: Tensor | None
 ) -> _Found:
     low_Q, high_Q = calculate_range_of_scale(scale_Q, zero_point_Q, problem.format)
-    # What is not finite stays so.
-    return _Found(low_Q + own.min * 0, high_Q + own.max * 0, error_Q, base_Q)
+    # What is not finite stays so. Inductor makes zeros of products with the integer 0, not of those with a float.
+    return _Found(low_Q + own.min * 0.0, high_Q + own.max * 0.0, error_Q, base_Q)
 
 
 @dataclass(frozen=True)

@@ -119,14 +119,29 @@ def test_nvfp4_of_normal_data_has_three_quarters_of_the_error_of_min_and_max():
     assert ratio < 0.735
 
 
-def test_large_weights_are_judged_by_some_groups():
+@pytest.mark.parametrize("importance", [False, True], ids=["", "importance"])
+@pytest.mark.parametrize("data", ["normal", "outliers", "rows of all sizes"])
+def test_large_weights_are_judged_by_some_groups(data, importance):
     torch.manual_seed(0)
-    weight = torch.randn(1024, 512)
-    weight[::100, 5] *= 30
+    weight, activations = torch.randn(1024, 512), torch.randn(64, 512) ** 3
+    if data == "outliers":
+        weight[::100, 5] *= 30
+    elif data == "rows of all sizes":
+        weight *= torch.randn(1024, 1).exp()
+    weights = activations.double().square().mean(0) if importance else torch.ones(512, dtype=torch.float64)
     assert weight.numel() // 16 > 2 * _NUM_SAMPLED
-    sampled = get_error(weight, NVFP4)
+
+    def get_weighted_error():
+        observer = Observer.load_from_registry("exact_mse", base_name="weight", args=NVFP4, importance=importance)
+        if importance:
+            observer.importance(activations)
+        qparams = observer(weight).get_qparams()
+        quantized = fake_quantize(weight, qparams["scale"], None, NVFP4, global_scale=qparams["global_scale"])
+        return ((quantized.double() - weight.double()).square() * weights).sum()
+
+    sampled = get_weighted_error()
     with mock.patch("fxmse.optimum._NUM_SAMPLED", 1 << 20):
-        assert sampled <= 1.001 * get_error(weight, NVFP4)
+        assert sampled <= 1.002 * get_weighted_error()
 
 
 def test_weights_that_share_a_global_scale_are_searched_together():
@@ -214,10 +229,11 @@ def test_dead_and_constant_groups_keep_a_usable_scale(scheme, kind):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("num_rows", [8, 1024], ids=["", "sampled"])
 @pytest.mark.parametrize("scheme", ["int8 channel", "int4 g128 asymmetric", "fp8 tensor", "mxfp4", "nvfp4"])
-def test_nan_and_inf_are_named(scheme, bad):
+def test_nan_and_inf_are_named(scheme, num_rows, bad):
     args = {"mxfp4": MXFP4, "nvfp4": NVFP4}.get(scheme) or SCHEMES[scheme][0]
-    weight = make_weight("normal", rows=8, columns=128)
+    weight = make_weight("normal", rows=num_rows, columns=128)
     weight[3, 7] = bad
-    with pytest.raises(ValueError, match=r"weight has \d NaN and \d Inf among 1024 elements"):
+    with pytest.raises(ValueError, match=rf"weight has \d NaN and \d Inf among {weight.numel()} elements"):
         Observer.load_from_registry("exact_mse", base_name="weight", args=args)(weight)
