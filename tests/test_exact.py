@@ -31,6 +31,8 @@ def make_batches(kind="skewed", count=5, dtype=torch.float32):
 
 
 def observe(name, args, batches, base_name="input", **kwargs):
+    if name == "exact_mse":
+        kwargs = {"norm": 2.0, **kwargs}
     observer = Observer.load_from_registry(name, base_name=base_name, args=args, **kwargs)
     for batch in batches:
         observer(batch)
@@ -150,6 +152,16 @@ def test_nan_and_inf_are_named_and_not_counted(bad, dtype):
     assert all(a is b for a, b in zip(before, observer.state, strict=True))
 
 
+@pytest.mark.parametrize(("base_name", "norm"), [("weight", 2.0), ("input", 2.4), ("output", 2.4), ("k", 2.4)])
+def test_activations_have_a_norm_of_their_own(base_name, norm):
+    def make(given=None, **kwargs):
+        args = make_args(8, observer_kwargs=given or {})
+        return Observer.load_from_registry("exact_mse", base_name=base_name, args=args, **kwargs).options.norm
+
+    assert make() == make({"strict": True}) == norm
+    assert make({"norm": 3.0}) == make(norm=3.0) == make({"norm": 4.0}, norm=3.0) == 3.0
+
+
 def make_scheme(**kwargs):
     return QuantizationScheme(
         targets=["Linear"],
@@ -184,8 +196,8 @@ def test_a_bad_batch_leaves_the_counts_as_they_were():
 
 
 def test_importance_is_an_option_of_the_weights_observer():
-    model = torch.nn.Sequential(torch.nn.Linear(32, 8)).eval()
-    batches = [torch.randn(16, 32) * torch.linspace(0.1, 3, 32) for _ in range(2)]
+    model = torch.nn.Sequential(torch.nn.Linear(128, 64)).eval()
+    batches = [torch.randn(64, 128) * torch.linspace(0.1, 3, 128) for _ in range(2)]
     errors = {}
     for importance in (False, True):
         scheme = make_scheme(observer_kwargs={"importance": importance})
