@@ -475,6 +475,7 @@ def _search_spread(
     num_candidates = len(plan.coarse) * (1 if problem.format.symmetric else len(_PLACES))
     num_candidates = max(num_candidates, len(plan.fine))
     parts = _split(problem, tile, num_candidates)
+    is_counted = own is not None
     if own is None:
         own = cover_ranges([run(is_compiled, measure_pairs, problem, part.values_OQPG) for part in parts])
 
@@ -489,7 +490,8 @@ def _search_spread(
 
     rough_sums = make(sum_powers, _split(problem, rough, num_candidates)) if rough else None
     sums = _Sums(make(sum_powers, parts), make(sum_moments, parts), rough_sums)
-    return _narrow_down(problem, sums, own, global_scale, *plan.make_tensors(tile.values_OQPG.device))
+    tensors = plan.make_tensors(tile.values_OQPG.device)
+    return _narrow_down(problem, sums, own, global_scale, *tensors, is_counted=is_counted)
 
 
 def _split(problem: _Problem, tile: Tile, num_candidates: int) -> list[Tile]:
@@ -528,6 +530,8 @@ def _narrow_down(
     fine_C: Tensor,
     limit: Tensor,
     last_C: Tensor,
+    *,
+    is_counted: bool = False,
 ) -> _Found:
     """The best of more and more of the scales around the best ones so far."""
     search = _Search.of(problem, sums, own, global_scale)
@@ -535,6 +539,9 @@ def _narrow_down(
     ratio_1Q = best.places.ratio_CQ if problem.format.grid.type == "int" else torch.ones_like(best.places.ratio_CQ)
     candidates, places = search.list_valleys(best, torch.minimum(fine_C[:, None] * ratio_1Q, limit))
     best = search.look_closely(best, candidates, places, fine_C[1] - fine_C[0], last_C)
+    if is_counted and not problem.format.symmetric:
+        # The best one may be at the edge of what was looked at.
+        best = search.look_beside(best, best.candidate, best.places, last_C)
     scale_1Q, zero_point_1Q = best.candidate
     zero_point_Q = None if zero_point_1Q is None else zero_point_1Q[0]
     return _report(problem, own, best.error_Q, search.first.scale_CQ[0], scale_1Q[0], zero_point_Q)
@@ -601,9 +608,13 @@ class _Search:
             index_Q = errors_CQ.argmin(0)
             change_1Q = torch.ones_like(best.places.ratio_CQ)
             near_C = torch.linspace(-1, 1, _LAST, device=spacing.device) * spacing
-        changes_C1 = 1 + torch.cat([near_C, last_C])[:, None]
-        chosen = candidates.take(index_Q)
-        scale_CQ = (chosen.scale_CQ * change_1Q * changes_C1).to(chosen.scale_CQ.dtype)
+        chosen, places = candidates.take(index_Q), places.take(index_Q)
+        chosen = chosen._replace(scale_CQ=chosen.scale_CQ * change_1Q)
+        return self.look_beside(best, chosen, places, torch.cat([near_C, last_C]))
+
+    def look_beside(self, best: "_Best", chosen: _Candidates, places: _Places, change_C: Tensor) -> "_Best":
+        """The best of these changes of a scale, with all steps of its zero point."""
+        scale_CQ = (chosen.scale_CQ * (1 + change_C[:, None])).to(self.first.scale_CQ.dtype)
         scale_CQ = _store(self.problem, scale_CQ, self.global_scale)
         scale_CQ, steps_CQ = _cross(scale_CQ, self._list_steps(_NEAR_ZERO_POINTS))
         last = _Candidates(scale_CQ, None)
@@ -611,7 +622,7 @@ class _Search:
             grid = self.problem.format.grid
             steps_CQ = steps_CQ if grid.type == "int" else torch.zeros_like(steps_CQ)
             last = _Candidates(scale_CQ, (chosen.zero_point_CQ + steps_CQ).clamp(grid.qmin, grid.qmax))
-        return best.improve(self._score(last), last, places.take(index_Q))
+        return best.improve(self._score(last), last, places)
 
     def _follow_moments(self, candidates: _Candidates) -> tuple[Tensor, Tensor]:
         """Which candidate's valley is deepest, and how many times its scale the bottom is."""

@@ -84,6 +84,21 @@ def test_any_order_and_split_gives_the_same_qparams(order, cuts, dtype):
         assert tensor is None or torch.equal(observer.get_qparams()[name], tensor), name
 
 
+@pytest.mark.parametrize(("kind", "seed"), [("normal", 0), ("heavy", 100), ("skewed", 0)])
+def test_no_neighbour_of_the_best_range_is_better(kind, seed):
+    args = SCHEMES["int8 asymmetric"]
+    batches = [make_weight(kind, rows=24, columns=64, seed=seed + i).mul(1 + i / 2) for i in range(4)]
+    qparams, values = observe("exact_mse", args, batches).get_qparams(), torch.cat(batches).double()
+
+    def get_error_beside(change, steps):
+        scale, zero_point = qparams["scale"].double() * (1 + change), qparams["zero_point"].double() + steps
+        rounded = (values / scale + zero_point).round().clamp(-128, 127)
+        return ((rounded - zero_point) * scale - values).square().sum()
+
+    beside = [get_error_beside(change / 127, steps) for change in (-0.7, 0, 0.7) for steps in (-1, 0, 1)]
+    assert get_error_beside(0, 0) <= 1.001 * min(beside)
+
+
 def test_a_range_shrinks_where_outliers_are_rare():
     batches = [torch.randn(64, 64), torch.randn(64, 64)]
     batches[1][0, 0] = 60.0
