@@ -84,7 +84,7 @@ _LAST = 9  # scales around the best, where its valley's bottom does not follow f
 
 # Places of an octave where the global scale of tensor_group is tried: many for few groups, whose error is more jagged.
 # At the octave's upper end the group of the largest element can have all scales that are worth trying.
-_MIN_GLOBAL, _MAX_GLOBAL = 16, 64
+_MIN_GLOBAL, _MAX_GLOBAL = 32, 64
 _NUM_SAMPLED = 1 << 12  # groups that are looked at for it
 _MAX_AT_ONCE = 1 << 14  # groups
 

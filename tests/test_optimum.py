@@ -141,7 +141,7 @@ def test_large_weights_are_judged_by_some_groups(data, importance):
 
     sampled = get_weighted_error()
     with mock.patch("fxmse.optimum._NUM_SAMPLED", 1 << 20):
-        assert sampled <= 1.002 * get_weighted_error()
+        assert sampled <= (1.002 if importance else 1.001) * get_weighted_error()
 
 
 def test_weights_that_share_a_global_scale_are_searched_together():
