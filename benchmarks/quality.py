@@ -11,7 +11,8 @@ times are geometric where a cell stands for several tensors or sites, but those 
 
 weights: rows are formats and data, columns observers. Three tables: the error over min-max's, the error over the
 optimum's, and ms (median of three, after a first call). "brute force" is the optimum: for each group a dense grid of
-scales (for asymmetric formats with every zero point), each refitted by least squares; all powers of two; or all e4m3
+scales (for asymmetric formats with every zero point, for symmetric integers of less than 8 bits of either sign), each
+refitted by least squares; all powers of two; or all e4m3
 scales with 128 global scales. It knows nothing of fxmse's search. It is no proof: a search that is exact may find less
 where the grid passes the best scale by (for NVFP4, between two global scales, some 1e-4). MiniLM stands for four
 weights of all-MiniLM-L6-v2.
@@ -174,6 +175,11 @@ def is_tensor_group(args: QuantizationArgs) -> bool:
     return args.strategy == "tensor_group"
 
 
+def has_scales_below_zero(args: QuantizationArgs) -> bool:
+    """Whether exact_mse takes scales below 0, too."""
+    return args.type == "int" and args.symmetric and args.num_bits < 8
+
+
 def is_int_tensor(args: QuantizationArgs, max_bits: int = 8) -> bool:
     """Whether torchao's histogram can be used."""
     return args.type == "int" and args.strategy == "tensor" and args.num_bits <= max_bits
@@ -196,6 +202,7 @@ WEIGHT_PEERS = {
     "fxmse memoryless_mse, norm 2": Peer(of_fxmse("memoryless_mse", norm=2.0)),
     "fxmse nvfp4_expanded_mse": Peer(of_fxmse("nvfp4_expanded_mse"), is_tensor_group),
     "fxmse exact_mse": Peer(of_fxmse("exact_mse")),
+    "fxmse exact_mse, scales above 0": Peer(of_fxmse("exact_mse", negative_scale=False), has_scales_below_zero),
     "llm-compressor memoryless_mse": Peer(of_llm_compressor("memoryless_mse")),
     "llm-compressor nvfp4_expanded_mse": Peer(of_llm_compressor("nvfp4_expanded_mse"), is_tensor_group),
     "torchao histogram": Peer(functools.partial(Histogram), is_int_tensor),
@@ -358,6 +365,8 @@ def find_least_errors(groups: Tensor, args: QuantizationArgs) -> Tensor:
     if args.scale_dtype is not None:
         return find_stored_errors(groups, scales, args)
     errors = [find_fitted_errors(groups, scales, args, zero_point) for zero_point in list_zero_points(args)]
+    if has_scales_below_zero(args):
+        errors.append(find_fitted_errors(-groups, scales, args, 0))
     return torch.stack(errors).amin(0)
 
 

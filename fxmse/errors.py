@@ -69,7 +69,10 @@ class Arithmetic:
 
 
 class Range(NamedTuple):
-    """The range of each group, float32, in units of x; shape qparam_shape."""
+    """The range of each group, float32, in units of x; shape qparam_shape.
+
+    One of a symmetric format whose ends are the other way round is that of a scale below 0.
+    """
 
     min: Tensor
     max: Tensor

@@ -289,10 +289,10 @@ def _decode_e4m3(code: Tensor) -> Tensor:
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` rounded to what ``dtype`` can hold, in its own dtype; a zero becomes compressed-tensors' stand-in."""
     if dtype == torch.float8_e4m3fn:
-        rounded, stand_in = Grid(8, "float").round(scale.clamp(max=448.0)), _E4M3_STAND_IN
+        rounded, stand_in = Grid(8, "float").round(scale.clamp(-448.0, 448.0)), _E4M3_STAND_IN
     else:
         largest = min(torch.finfo(dtype).max, torch.finfo(scale.dtype).max)
-        rounded = scale.clamp(max=largest).to(dtype).to(scale.dtype)
+        rounded = scale.clamp(-largest, largest).to(dtype).to(scale.dtype)
         stand_in = torch.finfo(dtype).eps
     return torch.where(rounded == 0, stand_in, rounded)
 

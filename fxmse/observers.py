@@ -299,7 +299,9 @@ class Observer(Stateful[State], RegistryMixin):
         global_scale = self._global_scale_of(state)
         if state.range is None:
             return {"scale": None, "zero_point": None, "global_scale": global_scale}
-        scale, zero_point = calculate_qparams(*state.range, self.args, global_scale)
+        min, max = state.range
+        scale, zero_point = calculate_qparams(min.minimum(max), max.maximum(min), self.args, global_scale)
+        scale = torch.where(min > max, -scale, scale)
         if global_scale is None:
             scale = round_scale(scale, state.like.dtype).to(state.like.dtype)
         return {"scale": scale, "zero_point": zero_point, "global_scale": global_scale}

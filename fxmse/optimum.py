@@ -10,6 +10,9 @@ last look at the best valley. At norm 2 any point of a valley tells how deep it 
 The depths of valleys differ by about 1 / sqrt(G). In small groups the best one may be as far from the trend's minimum,
 and also above the group's own range.
 
+The grid of symmetric integers has one value more below 0 than above. With a scale below 0 that value is at the other
+end: each group is searched twice, as if its range were the other way round, too, and has it where it is of more use.
+
 Asymmetric formats have a second dimension, the place of their range within the group's. Only elements that are clamped
 depend on it: a few places are tried with each scale, and single steps of the zero point at the end.
 
@@ -94,6 +97,7 @@ class _Problem(Arithmetic):
     """All that a compiled search depends on but tensors."""
 
     dtype: torch.dtype  # that scales are stored in, where the format names none
+    both_signs: bool = False  # of scales
 
     @property
     def num_scales(self) -> int | None:
@@ -203,6 +207,7 @@ def find_optimum(
     *,
     global_scale: Tensor | None = None,
     importance: Tensor | None = None,
+    negative_scale: bool = False,
 ) -> Range:
     """Finds the range of each group whose quantization error is least, of all that the format can store.
 
@@ -217,18 +222,22 @@ def find_optimum(
         global_scale: float32, one element; scales are stored times it.
         importance: float32, one element a channel of ``value``'s last dimension: the weight of its errors. For the
             channel, group and tensor_group strategies of a weight.
+        negative_scale: of symmetric integers whose scales are not e4m3, search scales below 0, too.
 
     Returns:
-        Ranges that give the best scales and zero points by compressed-tensors' ``calculate_qparams``.
+        Ranges that give the best scales and zero points by compressed-tensors' ``calculate_qparams``; that of a scale
+        below 0 has its ends the other way round.
     """
     shape = layout.qparam_shape(value.shape)
     size = value.numel() // math.prod(shape)
-    problem = _Problem(format, power, False, value.dtype)
+    both_signs = negative_scale and format.symmetric and format.grid.type == "int"
+    problem = _Problem(format, power, False, value.dtype, both_signs)
     plan = _Plan.of(format, size)
     is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.work)
     problem = replace(problem, reads_pairs=is_compiled and importance is None and holds_pairs(value, layout))
     max_elements = find_max_elements(problem, value.dtype)
-    max_groups = max(1, min(MAX_TABLE // (problem.num_scales or max(16, len(plan.fine))), max_elements // size))
+    num_candidates = problem.num_scales or max(16, len(plan.fine)) * (1 + both_signs)
+    max_groups = max(1, min(MAX_TABLE // num_candidates, max_elements // size))
     with torch.no_grad():
         tiles = cut_tiles(value, layout, max_groups, importance)
         found = [_search_tile(problem, plan, tile, global_scale, is_compiled) for tile in tiles]
@@ -438,13 +447,16 @@ def _report(
     return _Found(low_Q + own.min * 0.0, high_Q + own.max * 0.0, error_Q, base_Q)
 
 
+_Sum = Callable[[_Candidates], Tensor]
+
+
 @dataclass(frozen=True)
 class _Sums:
     """Sums over a tile's groups, of candidates; ``rough`` ones, where they are, are nearly the powers."""
 
-    powers: Callable[[_Candidates], Tensor]
-    moments: Callable[[_Candidates], Tensor]
-    rough: Callable[[_Candidates], Tensor] | None = None
+    powers: _Sum
+    moments: _Sum
+    rough: _Sum | None = None
 
 
 def _search_at_once(
@@ -455,10 +467,11 @@ def _search_at_once(
     *plan: Tensor,
 ) -> _Found:
     """All of a tile's search in one graph."""
-    sums = _Sums(
-        lambda candidates: sum_powers(problem, values_OQPG, *candidates, weights_OQPG),
-        lambda candidates: sum_moments(problem, values_OQPG, *candidates, weights_OQPG),
-    )
+
+    def make(stage: Callable[..., Tensor]) -> _Sum:
+        return lambda candidates: stage(problem, values_OQPG, *candidates, weights_OQPG)
+
+    sums = _Sums(make(sum_powers), make(sum_moments))
     return _narrow_down(problem, sums, measure_pairs(problem, values_OQPG), global_scale, *plan)
 
 
@@ -473,13 +486,13 @@ def _search_spread(
 ) -> _Found:
     """The search of groups that are spread over many observations, some of these at a time."""
     num_candidates = len(plan.coarse) * (1 if problem.format.symmetric else len(_PLACES))
-    num_candidates = max(num_candidates, len(plan.fine))
+    num_candidates = max(num_candidates, len(plan.fine)) * (1 + problem.both_signs)
     parts = _split(problem, tile, num_candidates)
     is_counted = own is not None
     if own is None:
         own = cover_ranges([run(is_compiled, measure_pairs, problem, part.values_OQPG) for part in parts])
 
-    def make(stage: Callable[..., Tensor], parts: list[Tile]) -> Callable[[_Candidates], Tensor]:
+    def make(stage: Callable[..., Tensor], parts: list[Tile]) -> _Sum:
         def sum_parts(candidates: _Candidates) -> Tensor:
             values_and_weights = ((part.values_OQPG, *candidates, part.weights_OQPG) for part in parts)
             return functools.reduce(
@@ -534,7 +547,13 @@ def _narrow_down(
     is_counted: bool = False,
 ) -> _Found:
     """The best of more and more of the scales around the best ones so far."""
-    search = _Search.of(problem, sums, own, global_scale)
+    listed = own
+    if problem.both_signs:
+        # Each group is listed twice, the second time with its ends the other way round.
+        listed = Range(torch.cat([own.min, own.max]), torch.cat([own.max, own.min]))
+        global_scale = None if global_scale is None else global_scale.repeat(2)
+        sums = _Sums(_take_both_signs(sums.powers), _take_both_signs(sums.moments))
+    search = _Search.of(problem, sums, listed, global_scale)
     best = search.look_around(coarse_C, middle_C, limit)
     ratio_1Q = best.places.ratio_CQ if problem.format.grid.type == "int" else torch.ones_like(best.places.ratio_CQ)
     candidates, places = search.list_valleys(best, torch.minimum(fine_C[:, None] * ratio_1Q, limit))
@@ -542,9 +561,21 @@ def _narrow_down(
     if is_counted and not problem.format.symmetric:
         # The best one may be at the edge of what was looked at.
         best = search.look_beside(best, best.candidate, best.places, last_C)
+    if problem.both_signs:
+        best = best.choose_sign()
     scale_1Q, zero_point_1Q = best.candidate
     zero_point_Q = None if zero_point_1Q is None else zero_point_1Q[0]
-    return _report(problem, own, best.error_Q, search.first.scale_CQ[0], scale_1Q[0], zero_point_Q)
+    return _report(problem, own, best.error_Q, search.first.scale_CQ[0, : len(own.min)], scale_1Q[0], zero_point_Q)
+
+
+def _take_both_signs(sum: _Sum) -> _Sum:
+    """The sums of candidates of groups that are listed twice."""
+
+    def sum_both(candidates: _Candidates) -> Tensor:
+        scale_CQ = candidates.scale_CQ.unflatten(1, (2, -1)).flatten(0, 1)
+        return sum(_Candidates(scale_CQ, None)).unflatten(-2, (-1, 2)).flatten(-2)
+
+    return sum_both
 
 
 @dataclass(frozen=True)
@@ -640,7 +671,7 @@ class _Search:
     def _make(self, places: _Places) -> _Candidates:
         return _make_candidates(self.problem, self.own, self.global_scale, places)
 
-    def _score(self, candidates: _Candidates, sum_powers: Callable[[_Candidates], Tensor] | None = None) -> Tensor:
+    def _score(self, candidates: _Candidates, sum_powers: _Sum | None = None) -> Tensor:
         """The errors, in units of the first scale ** norm."""
         sums_CQ = (sum_powers or self.sums.powers)(candidates)
         return sums_CQ * torch.pow(candidates.scale_CQ / self.first.scale_CQ, self.problem.power.exponent)
@@ -663,6 +694,13 @@ class _Best(NamedTuple):
         """The best of some candidates."""
         index_Q = errors_CQ.argmin(0)
         return cls(_take(errors_CQ, index_Q)[0], candidates.take(index_Q), places.take(index_Q))
+
+    def choose_sign(self) -> "_Best":
+        """The better one of each group that is listed twice."""
+        error_2Q, scale_2Q, ratio_2Q, place_2Q = (
+            tensor.view(2, -1) for tensor in (self.error_Q, self.candidate.scale_CQ, *self.places)
+        )
+        return _Best.of(error_2Q, _Candidates(scale_2Q, None), _Places(ratio_2Q, place_2Q))
 
     def improve(self, errors_CQ: Tensor, candidates: _Candidates, places: _Places) -> "_Best":
         """The best of these and of more candidates; of places there may be one for all of those."""
@@ -689,7 +727,9 @@ def _make_candidates(problem: _Problem, own: Range, global_scale: Tensor | None,
     """The candidates at places."""
     grid = problem.format.grid
     if problem.format.symmetric:
-        exact_Q = calculate_exact_scale(own.min, own.max, problem.format, None)
+        low_Q, high_Q = own.min.minimum(own.max), own.max.maximum(own.min)
+        exact_Q = calculate_exact_scale(low_Q, high_Q, problem.format, None)
+        exact_Q = torch.where(own.min > own.max, -exact_Q, exact_Q)
         return _Candidates(_store(problem, exact_Q * places.ratio_CQ, global_scale), None)
     low_Q = own.min.clamp(max=0)
     span_Q = own.max.clamp(min=0) - low_Q

@@ -28,11 +28,11 @@ class SiteReport:
         role: "weight", "input", "output", "q", "k" or "v".
         format: the grid, symmetry and strategy in words, as in "int8 asymmetric tensor".
         num_scales: how many scales there are; 0 where each value brings its own (dynamic).
-        scale_min: the smallest of them, in units of the value; None where they are dynamic.
+        scale_min: the smallest of their magnitudes, in units of the value; None where they are dynamic.
         scale_max: the largest.
         sqnr: signal to quantization noise in dB: 10 log10(sum(x ** 2) / sum((fake_quantize(x) - x) ** 2)).
-        range_ratio: the scale over the one that the smallest and largest value would give, averaged over the scales;
-            1 where they are dynamic.
+        range_ratio: the scale's magnitude over the scale that the smallest and largest value would give, averaged over
+            the scales; 1 where they are dynamic.
     """
 
     module: str
@@ -85,7 +85,8 @@ class _Recorder(nn.Module):
 
     def __init__(self, module: str, role: str, args: QuantizationArgs, scale: Tensor | None) -> None:
         super().__init__()
-        self.module, self.role, self.args, self.scale = module, role, args, scale
+        self.module, self.role, self.args = module, role, args
+        self.scale = None if scale is None else scale.abs()
         self.observer = None
         if scale is not None:
             self.observer = Observer.load_from_registry("static_minmax", base_name=role, args=args)

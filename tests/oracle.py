@@ -140,8 +140,12 @@ def find_least_errors(
     global_scale: Tensor | float = 1.0,
     num_scales: int = 3000,
     weights: Tensor | float = 1.0,
+    negative_scale: bool = False,
 ) -> Tensor:
-    """The least squared error of each group over scales, and of asymmetric formats zero points, by trying all."""
+    """The least squared error of each group over scales, and of asymmetric formats zero points, by trying all.
+
+    Scales below 0 are tried, too, where ``negative_scale`` says so.
+    """
     dtype, groups = groups.dtype, groups.double()
     values = list_values(args.num_bits, args.type)
     zero_points = torch.zeros(1, dtype=torch.float64) if args.symmetric else values
@@ -149,8 +153,9 @@ def find_least_errors(
     if not args.symmetric:
         reach = (groups.amax(1).clamp(min=0) - groups.amin(1).clamp(max=0)) / 2
     best = torch.full((len(groups),), torch.inf, dtype=torch.float64)
+    scales = list_scales(args, reach.clamp(min=1e-30), global_scale, num_scales, dtype)
     for zero_point in zero_points:
-        for scale in list_scales(args, reach.clamp(min=1e-30), global_scale, num_scales, dtype):
+        for scale in torch.cat([scales, -scales]) if negative_scale else scales:
             quantized = (round_fast(groups / scale[:, None] + zero_point, args) - zero_point) * scale[:, None]
             best = torch.minimum(best, ((quantized - groups).square() * weights).sum(1))
     return best

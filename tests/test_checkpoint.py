@@ -28,9 +28,13 @@ pytestmark = [
 W8A8_STATIC = QuantizationScheme(
     targets=["Linear"], weights=make_args(8, strategy="channel"), input_activations=make_args(8, symmetric=False)
 )
+SEARCHED_BELOW_ZERO = QuantizationScheme(
+    targets=["Linear"], weights=make_args(4, strategy="group", group_size=32, observer="exact_mse")
+)
 PRESETS = ("W8A8", "W4A16", "W4A16_ASYM", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4")
 CONFIGS = {
     "W8A8 static": QuantizationConfig(config_groups={"group": W8A8_STATIC}, ignore=["lm_head"]),
+    "scales below 0": QuantizationConfig(config_groups={"group": SEARCHED_BELOW_ZERO}, ignore=["lm_head"]),
     **{
         name: QuantizationConfig(config_groups={"group": preset_name_to_scheme(name, ["Linear"])}, ignore=["lm_head"])
         for name in PRESETS
@@ -155,6 +159,12 @@ def test_minilm_with_its_tokenizer(tmp_path):
     torch.testing.assert_close(loaded, quantized(**batches[2])[0], rtol=1e-4, atol=1e-4)
     tokenizer = example.AutoTokenizer.from_pretrained(tmp_path / "minilm")
     assert tokenizer("a word")["input_ids"] == example.AutoTokenizer.from_pretrained(source)("a word")["input_ids"]
+
+
+def test_scales_below_zero_are_stored(checkpoints):
+    tensors = load_file(checkpoints[0] / "scales below 0" / "model.safetensors")
+    scales = torch.cat([tensor.flatten() for name, tensor in tensors.items() if name.endswith("weight_scale")])
+    assert 0.2 < (scales < 0).float().mean() < 0.8
 
 
 def test_the_float_model_is_not_changed(llama, checkpoints):

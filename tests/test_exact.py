@@ -227,10 +227,11 @@ def test_importance_is_an_option_of_the_weights_observer():
     ("base_name", "kwargs", "named"),
     [
         ("weight", {"norm": 0}, "norm=0: expected a number above 0"),
+        ("weight", {"negative_scale": "no"}, "negative_scale='no': expected True or False"),
         ("weight", {"importance": 1}, "importance=1: expected True or False"),
         ("weight", {"strict": "no"}, "strict='no': expected True or False"),
         ("weight", {"mask": 3}, "mask=3: expected the name"),
-        ("weight", {"maxshrink": 0.2}, "no argument 'maxshrink': expected one of norm, importance, strict, mask"),
+        ("weight", {"maxshrink": 0.2}, "no argument 'maxshrink': expected one of norm, negative_scale, importance"),
         ("input", {"importance": True}, "importance=True has no meaning for a value of role input"),
     ],
 )

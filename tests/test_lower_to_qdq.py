@@ -144,7 +144,9 @@ def test_float16_stays():
 @torch.no_grad()
 def test_inductor_takes_the_pairs_for_its_int8_kernels():
     # Of 7 bits, which multiply without saturating where a CPU has no VNNI.
-    quantized, x = quantize_mlp(make_config(weights={"num_bits": 7, "strategy": "channel"}, inputs=INPUTS))
+    weights = {"num_bits": 7, "strategy": "channel", "observer": "exact_mse"}
+    quantized, x = quantize_mlp(make_config(weights=weights, inputs=INPUTS))
+    assert (quantized.get_buffer("0.weight_scale") < 0).any()  # as others
     expected = quantized(x)
     LowerToQDQ()(quantized)
     counters.clear()

@@ -39,6 +39,18 @@ def test_report_says_what_quantization_did():
     assert activation.range_ratio == pytest.approx(expected, rel=1e-5)
 
 
+def test_scales_below_zero_are_reported_by_their_magnitude():
+    torch.manual_seed(0)
+    weights = {"num_bits": 3, "strategy": "group", "group_size": 8, "observer": "exact_mse"}
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(32, 8)).eval())
+    quantized = fxmse.quantize(model, make_config(weights=weights), progress=False)
+    scale = quantized.state_dict()["0.weight_scale"]
+    assert (scale < 0).any()
+    (weight,) = fxmse.report(quantized, [torch.randn(2, 32)])
+    assert (weight.scale_min, weight.scale_max) == (scale.abs().min().item(), scale.abs().max().item())
+    assert 0.7 < weight.range_ratio < 1.2
+
+
 BLOCKS = make_config(weights={"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [64, 32]})
 
 
