@@ -230,7 +230,7 @@ def observe_or_roll_back(
 
 def _restore(watchers: Mapping[str, Probe | Importance], states: Mapping[str, Any]) -> None:
     for name, watcher in watchers.items():
-        watcher.state = states[name]
+        watcher.go_back(states[name])
 
 
 def _check_finite(

@@ -92,7 +92,7 @@ class Stateful(nn.Module, Generic[Kept]):
 
     @property
     def state(self) -> Kept:
-        """What has been kept so far; assign it to go back to an earlier state."""
+        """What has been kept so far."""
         fields = self.state_class._fields  # type: ignore[attr-defined]
         return self.state_class(*(getattr(self, name) for name in fields))
 
@@ -101,6 +101,10 @@ class Stateful(nn.Module, Generic[Kept]):
         for name, tensor in state._asdict().items():
             if getattr(self, name) is not tensor:  # a module's attributes are slow to set
                 setattr(self, name, tensor)
+
+    def go_back(self, state: Kept) -> None:
+        """Goes back to an earlier state."""
+        self.state = state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A buffer is copied into one of its shape, and there may be none yet.

@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+_UNKNOWN = (0, -1)  # no weight's version
+
+
 class Probe(nn.Module):
     """An observer as a node of a graph: shows it the value and passes the value on.
 
@@ -76,13 +79,18 @@ class Probe(nn.Module):
 
     @property
     def state(self) -> State:
-        """The observer's state; assign it to go back to an earlier one."""
+        """The observer's state."""
         return self.observer.state if self.observer else State()
 
     @state.setter
     def state(self, state: State) -> None:
         if self.observer:
             self.observer.state = state
+
+    def go_back(self, state: State) -> None:
+        """Goes back to an earlier state; a weight that was observed since then is unknown."""
+        if any(now is not then for now, then in zip(self.state, state, strict=True)):
+            self.state, self._version_seen = state, _UNKNOWN
 
     @property
     def waits_for_importance(self) -> bool:

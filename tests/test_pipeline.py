@@ -101,6 +101,20 @@ def test_weights_are_searched_once_and_again_only_when_changed(monkeypatch):
     assert calls == ["0.weight", "2.weight", "2.weight"]
 
 
+def test_a_weight_that_is_not_finite_is_named_each_time():
+    observed = fxmse.calibrate(fxmse.prepare(make_mlp(), W8A8, make_batches()[0]), make_batches(), progress=False)
+    before = fxmse.convert(observed).state_dict()["2.weight_scale"]
+    weight = observed.get_parameter("2.weight").detach()
+    kept = weight[0, 0].clone()
+    weight[0, 0] = torch.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"NaN or Inf in the weights: 2.weight has 1 NaN"):
+            fxmse.calibrate(observed, make_batches(), progress=False)
+    weight[0, 0] = kept
+    fxmse.calibrate(observed, make_batches(), progress=False)
+    assert torch.equal(fxmse.convert(observed).state_dict()["2.weight_scale"], before)
+
+
 def test_weights_only_schemes_need_no_data():
     model = make_mlp()
     observed = fxmse.prepare(torch.fx.symbolic_trace(model), make_config(weights={"num_bits": 4}))
