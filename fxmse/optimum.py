@@ -85,10 +85,12 @@ _COUNTED = 1 << 10  # they are cut into parts of this length
 _COUNTED_AS = (128, 0.8, tuple(0.7 * i for i in range(-4, 5) if i))
 _LAST = 9  # scales around the best, where its valley's bottom does not follow from moments
 
-# Places of an octave where the global scale of tensor_group is tried: many for few groups, whose error is more jagged.
-# At the octave's upper end the group of the largest element can have all scales that are worth trying.
-_MIN_GLOBAL, _MAX_GLOBAL = 32, 64
-_NUM_SAMPLED = 1 << 12  # groups that are looked at for it
+# Places of an octave where the global scale of tensor_group is tried, times sqrt(Q): the error of few groups is more
+# jagged. At the octave's upper end the group of the largest element can have all scales that are worth trying.
+_PLACES_OF_ONE = 1 << 12
+_MIN_PLACES, _MAX_PLACES = 16, 64
+# Some groups judge each place, and more the best of these: how many groups, and how many places they leave.
+_ROUNDS = ((1 << 11, 4), (1 << 13, 1))
 _MAX_AT_ONCE = 1 << 14  # groups
 
 
@@ -323,20 +325,22 @@ def find_global_range(
     assert layout.group_size is not None
     problem = _Problem(format, power, False, values[0].dtype)
     with torch.no_grad():
-        samples = []
+        weights = []
         for value, importance in zip(values, importances, strict=True):
             groups_QG = value.detach().reshape(-1, layout.group_size)
             # All groups are measured, which is compiled where the search that follows is.
             is_compiled = pays_to_compile(problem, value, 0)
-            samples.append(_sample_groups(groups_QG, importance, power.exponent, is_compiled))
-        largest = torch.stack([sample.absmax for sample in samples]).amax()
-        num_groups = sum(len(sample.groups_QG) for sample in samples)
-        num_places = min(max(_NUM_SAMPLED * _MIN_GLOBAL // num_groups, _MIN_GLOBAL), _MAX_GLOBAL)
+            weights.append(_Groups.of(groups_QG, importance, power.exponent, is_compiled))
+        largest = torch.stack([weight.largest for weight in weights]).amax()
+        num_groups = sum(len(weight.groups_QG) for weight in weights)
+        num_places = min(max(int(_PLACES_OF_ONE / math.sqrt(num_groups)), _MIN_PLACES), _MAX_PLACES)
         range_J = largest * 2 * torch.exp2(torch.arange(num_places, device=largest.device) / num_places)
-        total_J = torch.stack([_sum_best_errors(problem, sample, range_J) for sample in samples]).sum(0)
-        best = range_J[total_J.argmin()].reshape(1)
+        for num_judges, num_left in _ROUNDS:
+            samples = [weight.draw(num_judges) for weight in weights]
+            total_J = torch.stack([_sum_best_errors(problem, sample, range_J) for sample in samples]).sum(0)
+            range_J = range_J[total_J.topk(num_left, largest=False).indices]
     # Without a branch: what is not finite stays so.
-    return Range(-best, best + largest * 0.0)
+    return Range(-range_J, range_J + largest * 0.0)
 
 
 class _Sample(NamedTuple):
@@ -345,30 +349,45 @@ class _Sample(NamedTuple):
     groups_QG: Tensor
     weights_QG: Tensor | None
     num_Q: Tensor
-    absmax: Tensor  # of all groups
 
 
-def _sample_groups(groups_QG: Tensor, importance: Tensor | None, exponent: float, is_compiled: bool) -> _Sample:
-    """All groups, or of many some: systematically, each as likely as its largest magnitude ** norm is large."""
-    own = measure_tiles(groups_QG, Layout("weight", "channel"), is_compiled)
-    absmax_Q = torch.maximum(own.min.neg_(), own.max)
-    largest, total = absmax_Q.amax(), len(groups_QG)
-    by_group = None if importance is None else importance.reshape(-1, groups_QG.shape[1])
-    if total <= _NUM_SAMPLED:
-        weights_QG = None if by_group is None else by_group.repeat(total // len(by_group), 1)
-        return _Sample(groups_QG, weights_QG, torch.ones_like(absmax_Q), largest)
-    # In place: new memory costs more than the arithmetic.
-    share_Q = absmax_Q.div_(largest).pow_(exponent)
-    if by_group is not None:
-        share_Q.view(-1, len(by_group)).mul_(by_group.mean(1) / by_group.mean())
-    # Whole numbers, whose sums are the same in any order. What is not finite counts as some number.
-    size_Q = share_Q.mul_(2.0**24).long().clamp_(min=1)
-    end_Q = size_Q.cumsum(0)
-    step = end_Q[-1].double() / _NUM_SAMPLED
-    places_N = torch.arange(0.5, _NUM_SAMPLED, device=groups_QG.device, dtype=torch.float64) * step
-    index_N = torch.searchsorted(end_Q, places_N.long(), right=True).clamp_(max=total - 1)
-    weights_NG = None if by_group is None else by_group[index_N % len(by_group)]
-    return _Sample(groups_QG[index_N], weights_NG, step / size_Q[index_N], largest)
+class _Groups(NamedTuple):
+    """A weight's groups, to draw some of."""
+
+    groups_QG: Tensor
+    importance_BG: Tensor | None  # of the groups of one row
+    share_Q: Tensor  # how likely each is drawn, int64
+    end_Q: Tensor  # their running sum
+    largest: Tensor
+
+    @classmethod
+    def of(cls, groups_QG: Tensor, importance: Tensor | None, exponent: float, is_compiled: bool) -> "_Groups":
+        """Groups that are as likely as their largest magnitude ** norm, times the importance, is large."""
+        own = measure_tiles(groups_QG, Layout("weight", "channel"), is_compiled)
+        absmax_Q = torch.maximum(own.min.neg_(), own.max)
+        largest = absmax_Q.amax()
+        # In place: new memory costs more than the arithmetic.
+        share_Q = absmax_Q.div_(largest).pow_(exponent)
+        importance_BG = None
+        if importance is not None:
+            importance_BG = importance.reshape(-1, groups_QG.shape[1])
+            share_Q.view(-1, len(importance_BG)).mul_(importance_BG.mean(1) / importance_BG.mean())
+        # Whole numbers, whose sums are the same in any order. What is not finite counts as some number.
+        share_Q = share_Q.mul_(2.0**24).long().clamp_(min=1)
+        return cls(groups_QG, importance_BG, share_Q, share_Q.cumsum(0), largest)
+
+    def draw(self, num: int) -> _Sample:
+        """So many groups, systematically; all of fewer."""
+        groups_QG, importance_BG, share_Q, end_Q, _ = self
+        total = len(groups_QG)
+        if total <= num:
+            weights_QG = None if importance_BG is None else importance_BG.repeat(total // len(importance_BG), 1)
+            return _Sample(groups_QG, weights_QG, torch.ones_like(share_Q))
+        step = end_Q[-1].double() / num
+        places_N = torch.arange(0.5, num, device=groups_QG.device, dtype=torch.float64) * step
+        index_N = torch.searchsorted(end_Q, places_N.long(), right=True).clamp_(max=total - 1)
+        weights_NG = None if importance_BG is None else importance_BG[index_N % len(importance_BG)]
+        return _Sample(groups_QG[index_N], weights_NG, step / share_Q[index_N])
 
 
 def _sum_best_errors(problem: _Problem, sample: _Sample, largest_J: Tensor) -> Tensor:

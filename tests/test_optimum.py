@@ -16,7 +16,7 @@ from fxmse.errors import Range
 from fxmse.layout import Layout
 from fxmse.numerics import Format
 from fxmse.observers import Observer
-from fxmse.optimum import _NUM_SAMPLED, find_global_range, find_optimum
+from fxmse.optimum import _ROUNDS, find_global_range, find_optimum
 from fxmse.power import AbsolutePower
 
 KINDS = ("normal", "heavy", "skewed")
@@ -156,26 +156,32 @@ def test_nvfp4_of_normal_data_has_three_quarters_of_the_error_of_min_and_max():
 @pytest.mark.parametrize("importance", [False, True], ids=["", "importance"])
 @pytest.mark.parametrize("data", ["normal", "outliers", "rows of all sizes"])
 def test_large_weights_are_judged_by_some_groups(data, importance):
-    torch.manual_seed(0)
-    weight, activations = torch.randn(1024, 512), torch.randn(64, 512) ** 3
-    if data == "outliers":
-        weight[::100, 5] *= 30
-    elif data == "rows of all sizes":
-        weight *= torch.randn(1024, 1).exp()
-    weights = activations.double().square().mean(0) if importance else torch.ones(512, dtype=torch.float64)
-    assert weight.numel() // 16 > 2 * _NUM_SAMPLED
-
-    def get_weighted_error():
+    excesses = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        weight, activations = torch.randn(512, 512), torch.randn(64, 512) ** 3
+        if data == "outliers":
+            weight[::100, 5] *= 30
+        elif data == "rows of all sizes":
+            weight *= torch.randn(512, 1).exp()
+        weights = activations.double().square().mean(0) if importance else torch.ones(512, dtype=torch.float64)
+        assert weight.numel() // 16 > _ROUNDS[-1][0]
         observer = Observer.load_from_registry("exact_mse", base_name="weight", args=NVFP4, importance=importance)
         if importance:
             observer.importance(activations)
-        qparams = observer(weight).get_qparams()
-        quantized = fake_quantize(weight, qparams["scale"], None, NVFP4, global_scale=qparams["global_scale"])
-        return ((quantized.double() - weight.double()).square() * weights).sum()
 
-    sampled = get_weighted_error()
-    with mock.patch("fxmse.optimum._NUM_SAMPLED", 1 << 20):
-        assert sampled <= (1.002 if importance else 1.001) * get_weighted_error()
+        def get_weighted_error(observer=observer, weight=weight, weights=weights):
+            qparams = observer(weight).get_qparams()
+            quantized = fake_quantize(weight, qparams["scale"], None, NVFP4, global_scale=qparams["global_scale"])
+            return ((quantized.double() - weight.double()).square() * weights).sum()
+
+        sampled = get_weighted_error()
+        everything = {"_ROUNDS": ((1 << 20, 1),), "_MIN_PLACES": 64}
+        with mock.patch.multiple("fxmse.optimum", **everything):
+            excesses.append(sampled / get_weighted_error() - 1)
+    # Another sample of the groups finds another of the scales that are nearly the best.
+    assert torch.stack(excesses).mean() <= 0.001
+    assert max(excesses) <= 0.003
 
 
 def test_weights_that_share_a_global_scale_are_searched_together():
