@@ -61,28 +61,23 @@ __all__ = ["find_global_range", "find_optimum", "find_optimum_of_counts"]
 
 # Of integer grids, in parts of the scale of the group's own range. Widths and spacings were chosen so that errors stay
 # within .4 % of the least for groups of 32 to 4096 normal, heavy-tailed, skewed and real values of 2 to 8 bits.
-_COARSE = tuple(2.0 ** (-i / 3) for i in range(12))  # down to a thirteenth
 _MIDDLE = tuple(2.0 ** (i / 10.5) for i in range(-3, 4) if i)  # between the neighbours of the best of these
 _MIN_WIDTH = 0.05  # of the fine part, to either side: half of what two scales of the middle part are apart
 _WIDTH = 2.2  # and at least so many times 1 / sqrt(G)
 _MAX_WIDTH = 0.4
 _ABOVE = 1.13  # times 1 / sqrt(G): how far above the group's own range
-_SPACING = 0.4  # between two scales of the fine part, in parts of 1 / qmax
 _MIN_FINE = 8
 # Of an asymmetric grid's range in the group's: from its lower end to its upper end.
 _PLACES = (0.5, 0.0, 0.25, 0.75, 1.0)
 _NEAR_PLACES = tuple(i / 32 for i in range(-5, 6) if i)
 _NEAR_ZERO_POINTS = (0.0, -1.0, 1.0, -2.0, 2.0)
-# A float grid has the same values at twice the scale but for its smallest, and its largest are then not used: less than
-# twice the group's own scale is enough. As errors are in proportion to the elements, there is no trend to follow.
-_FLOAT_SPACING = 0.09  # of the scales' logarithms, in parts of 2 ** -mantissa_bits
 _NUM_POWERS_OF_TWO = 3  # the group's own, the one above and the one below
 # Values that were counted, of which there may be many different ones: the first scales are tried on fewer.
 _ROUGH = 1 << 11
 _COUNTED = 1 << 10  # they are cut into parts of this length
 # Much of an activation may be next to one value, as behind a GELU: the trend is as jagged as for a group of so few
 # elements, but each valley is wide.
-_COUNTED_AS = (128, 0.8, tuple(0.7 * i for i in range(-4, 5) if i))
+_COUNTED_AS = 128
 _LAST = 9  # scales around the best, where its valley's bottom does not follow from moments
 
 # Places of an octave where the global scale of tensor_group is tried, times sqrt(Q): the error of few groups is more
@@ -92,6 +87,19 @@ _MIN_PLACES, _MAX_PLACES = 16, 64
 # Some groups judge each place, and more the best of these: how many groups, and how many places they leave.
 _ROUNDS = ((1 << 11, 4), (1 << 13, 1))
 _MAX_AT_ONCE = 1 << 14  # groups
+
+
+class _Density(NamedTuple):
+    """How many scales are evaluated."""
+
+    coarse: tuple[float, ...]  # of an integer grid, in parts of the scale of the group's own range
+    spacing: float  # between two scales of its fine part, in parts of 1 / qmax
+    float_spacing: float  # of the logarithms of a float grid's scales, in parts of 2 ** -mantissa_bits
+    changes: tuple[float, ...]  # of the best scale at the end, in parts of 1 / qmax
+
+
+_OF_GROUPS = _Density(tuple(2.0 ** (-i / 3) for i in range(12)), 0.4, 0.09, ())  # down to a thirteenth
+_OF_COUNTS = _Density(tuple(2.0 ** (-i / 12) for i in range(48)), 0.8, 0.03, tuple(0.7 * i for i in range(-4, 5) if i))
 
 
 @dataclass(frozen=True)
@@ -133,24 +141,25 @@ class _Plan:
 
     @classmethod
     @functools.cache
-    def of(
-        cls, format: Format, num_elements: int, spacing: float = _SPACING, changes: tuple[float, ...] = ()
-    ) -> "_Plan":
-        """The plan for groups of so many elements; spacing and the last changes are in parts of 1 / qmax."""
+    def of(cls, format: Format, num_elements: int, density: _Density = _OF_GROUPS) -> "_Plan":
+        """The plan for groups of so many elements."""
         grid = format.grid
         if grid.type == "float":
+            # It has the same values at twice the scale but for its smallest, and its largest are then not used: less
+            # than twice the group's own scale is enough. As errors are in proportion to the elements, there is no
+            # trend to follow.
             low, high = 1 - 2.0**-grid.mantissa_bits, 1.97
-            num_fine = math.ceil(math.log(high / low) / _FLOAT_SPACING * 2**grid.mantissa_bits)
+            num_fine = math.ceil(math.log(high / low) / density.float_spacing * 2**grid.mantissa_bits)
             fine = tuple(low * (high / low) ** (i / (num_fine - 1)) for i in range(num_fine))
             return cls((1.0,), (), fine, 2.0, ())
         # All of a symmetric grid's range is used where the largest element is at its upper, smaller end.
         top = (grid.qmax - grid.qmin) / 2 / grid.qmax if format.symmetric else 1.0
         noise = 1 / math.sqrt(num_elements)
         width = min(max(_MIN_WIDTH, _WIDTH * noise), _MAX_WIDTH)
-        num_fine = max(_MIN_FINE, math.ceil(2 * width * grid.qmax / spacing))
+        num_fine = max(_MIN_FINE, math.ceil(2 * width * grid.qmax / density.spacing))
         fine = tuple(1 - width + 2 * width * i / (num_fine - 1) for i in range(num_fine))
-        coarse = (1.0, *(top * ratio for ratio in _COARSE if top * ratio != 1))
-        last = () if format.symmetric else tuple(change / grid.qmax for change in changes)
+        coarse = (1.0, *(top * ratio for ratio in density.coarse if top * ratio != 1))
+        last = tuple(change / grid.qmax for change in density.changes)
         return cls(coarse, _MIDDLE, fine, top * (1 + _ABOVE * noise), last)
 
     @property
@@ -235,10 +244,11 @@ def find_optimum(
     both_signs = negative_scale and format.symmetric and format.grid.type == "int"
     problem = _Problem(format, power, False, value.dtype, both_signs)
     plan = _Plan.of(format, size)
-    is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.work)
+    num_signs = 2 if both_signs else 1
+    is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.work * num_signs)
     problem = replace(problem, reads_pairs=is_compiled and importance is None and holds_pairs(value, layout))
     max_elements = find_max_elements(problem, value.dtype)
-    num_candidates = problem.num_scales or max(16, len(plan.fine)) * (1 + both_signs)
+    num_candidates = problem.num_scales or max(16, len(plan.fine)) * num_signs
     max_groups = max(1, min(MAX_TABLE // num_candidates, max_elements // size))
     with torch.no_grad():
         tiles = cut_tiles(value, layout, max_groups, importance)
@@ -274,7 +284,7 @@ def find_optimum_of_counts(
         torch.where(has_any_QN, values_N, math.inf).amin(1), torch.where(has_any_QN, values_N, -math.inf).amax(1)
     )
     tile = _make_tile(values_N, counts_QN)
-    plan = _Plan.of(format, *_COUNTED_AS)
+    plan = _Plan.of(format, _COUNTED_AS, _OF_COUNTS)
     is_compiled = pays_to_compile(problem, counts_QN, problem.num_scales or plan.work)
     if problem.num_scales:
         found = _search_tile(problem, plan, tile, global_scale, is_compiled, own)
@@ -576,7 +586,9 @@ def _narrow_down(
     best = search.look_around(coarse_C, middle_C, limit)
     ratio_1Q = best.places.ratio_CQ if problem.format.grid.type == "int" else torch.ones_like(best.places.ratio_CQ)
     candidates, places = search.list_valleys(best, torch.minimum(fine_C[:, None] * ratio_1Q, limit))
-    best = search.look_closely(best, candidates, places, fine_C[1] - fine_C[0], last_C)
+    # Much of what was counted may be rounded to something else at the next scale of a float grid.
+    has_valleys = problem.power.exponent == 2 and not (is_counted and problem.format.grid.type == "float")
+    best = search.look_closely(best, candidates, places, fine_C[1] - fine_C[0], last_C, has_valleys)
     if is_counted and not problem.format.symmetric:
         # The best one may be at the edge of what was looked at.
         best = search.look_beside(best, best.candidate, best.places, last_C)
@@ -644,10 +656,16 @@ class _Search:
         return _Candidates(candidates.scale_CQ.repeat(2, 1), zero_point_CQ), _Places(*(t.repeat(2, 1) for t in places))
 
     def look_closely(
-        self, best: "_Best", candidates: _Candidates, places: _Places, spacing: Tensor, last_C: Tensor
+        self,
+        best: "_Best",
+        candidates: _Candidates,
+        places: _Places,
+        spacing: Tensor,
+        last_C: Tensor,
+        has_valleys: bool,
     ) -> "_Best":
-        """The best scale and zero point of the best valley that the candidates are in."""
-        if self.problem.power.exponent == 2:
+        """The best scale and zero point around the best candidate, or of the best valley that candidates are in."""
+        if has_valleys:
             index_Q, change_1Q = self._follow_moments(candidates)
             # Where few scales can be stored those beside it are looked at.
             change = spacing * 0.05 + torch.finfo(self.problem.dtype).eps * 0.7

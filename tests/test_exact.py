@@ -66,6 +66,25 @@ def test_the_error_is_within_half_a_percent_of_the_least(scheme, dtype):
     assert get_error(observe("exact_mse", args, batches), batches) <= tolerance * least
 
 
+@pytest.mark.parametrize("kind", ["normal", "heavy", "gelu", "outliers"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
+def test_of_the_scales_that_bfloat16_stores_the_best_is_found(scheme, kind):
+    args = SCHEMES[scheme]
+    if kind in ("gelu", "outliers"):
+        torch.manual_seed(3)
+        batches = [torch.nn.functional.gelu(torch.randn(96, 64) / 2).bfloat16()]
+        if kind == "outliers":
+            batches[0].view(-1)[:60] = 20 + torch.randn(60)
+    else:
+        batches = make_batches(kind, dtype=torch.bfloat16)
+    observer = observe("exact_mse", args, batches)
+    values = torch.cat(batches).double()
+    own = (values.abs().amax() / {"int8": 127.5, "int4": 7.5, "fp8": 448}[scheme]).bfloat16().view(torch.int16)
+    stored = torch.arange(own - 3 * 128, own + 140, dtype=torch.int16).view(torch.bfloat16)  # from an eighth to twice
+    errors = [(fake_quantize(values, scale, torch.zeros(1), args) - values).square().sum() for scale in stored.double()]
+    assert get_error(observer, batches) <= 1.0001 * min(errors)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(6)), st.lists(st.integers(1, 5), max_size=3), st.sampled_from(DTYPES))
 def test_any_order_and_split_gives_the_same_qparams(order, cuts, dtype):
