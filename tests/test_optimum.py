@@ -31,6 +31,14 @@ def get_error(weight, args, name="exact_mse", **kwargs):
     return (quantize(weight, args, name, **kwargs).double() - weight.double()).square().sum()
 
 
+def get_weighted_error(observer, weight, weights):
+    qparams, args = observer(weight).get_qparams(), observer.args
+    quantized = fake_quantize(
+        weight, qparams["scale"], qparams["zero_point"], args, global_scale=qparams["global_scale"]
+    )
+    return ((quantized.double() - weight.double()).square() * weights).sum()
+
+
 def cut(weight, args):
     tiles = Layout.of(args, "weight").tiles(weight, 1 << 20)
     return torch.cat([tile.flatten(1, -2).transpose(0, 1).flatten(1) for tile in tiles])
@@ -169,16 +177,10 @@ def test_large_weights_are_judged_by_some_groups(data, importance):
         observer = Observer.load_from_registry("exact_mse", base_name="weight", args=NVFP4, importance=importance)
         if importance:
             observer.importance(activations)
-
-        def get_weighted_error(observer=observer, weight=weight, weights=weights):
-            qparams = observer(weight).get_qparams()
-            quantized = fake_quantize(weight, qparams["scale"], None, NVFP4, global_scale=qparams["global_scale"])
-            return ((quantized.double() - weight.double()).square() * weights).sum()
-
-        sampled = get_weighted_error()
+        sampled = get_weighted_error(observer, weight, weights)
         everything = {"_ROUNDS": ((1 << 20, 1),), "_MIN_PLACES": 64}
         with mock.patch.multiple("fxmse.optimum", **everything):
-            excesses.append(sampled / get_weighted_error() - 1)
+            excesses.append(sampled / get_weighted_error(observer, weight, weights) - 1)
     # Another sample of the groups finds another of the scales that are nearly the best.
     assert torch.stack(excesses).mean() <= 0.001
     assert max(excesses) <= 0.003
@@ -205,12 +207,10 @@ def test_importance_weighs_the_errors(name):
     weight, activations = make_weight("heavy", rows=rows, columns=columns), torch.randn(64, columns) ** 3
     observer = Observer.load_from_registry("exact_mse", base_name="weight", args=args, importance=True)
     observer.importance(activations)
-    qparams = observer(weight).get_qparams()
-    quantized = fake_quantize(weight, qparams["scale"], qparams["zero_point"], args)
     importance = activations.double().square().mean(0).expand_as(weight)
     weights, negative_scale = cut(importance, args), name in SEARCHED_BELOW_ZERO
     least = find_least_errors(cut(weight, args), args, 1.0, 1500, weights, negative_scale).sum()
-    assert ((quantized.double() - weight.double()).square() * importance).sum() <= 1.005 * least
+    assert get_weighted_error(observer, weight, importance) <= 1.005 * least
 
 
 @settings(max_examples=25, deadline=None)
