@@ -152,11 +152,17 @@ class Calibration:
         return relative
 
     def _share_probes(self, observed: GraphModule) -> None:
-        """Has a value that an earlier graph holds, too, be observed by that one's observer."""
+        """Has a value that an earlier graph holds, too, be observed by that one's observer and weighed as there."""
+        shared: dict[Importance, Importance] = {}
         for node, probe in find_probes(observed):
             known = self._probes.setdefault(f"{probe.name} {probe.sites[0].args}", probe)
             if known is not probe:
                 observed.set_submodule(str(node.target), known)
+                if probe.importance is not None and known.importance is not None:
+                    shared[probe.importance] = known.importance
+        for node, importance in find_importances(observed):
+            if importance in shared:
+                observed.set_submodule(str(node.target), shared[importance])
 
 
 class _Plain:

@@ -119,17 +119,21 @@ class Probe(nn.Module):
 
     def knows(self, weight: Tensor) -> bool:
         """Whether the weight was observed as it is now, with the importance that its channels have now."""
-        is_seen = self._version_seen in (None, _find_version(weight)) and self._importance_seen is self._importance
+        is_seen = self._version_seen in (None, _find_version(weight)) and self._importance_seen is self._squares
         return is_seen and self.has_statistics
 
     def remember(self, weight: Tensor) -> None:
         """Takes what was observed for that of the weight and the importance as they are now."""
-        self._version_seen, self._importance_seen = _find_version(weight), self._importance
+        self._version_seen, self._importance_seen = _find_version(weight), self._squares
 
     @property
-    def _importance(self) -> Tensor | None:
-        importance = self.observer.importance if isinstance(self.observer, ImportanceObserver) else None
-        return None if importance is None else importance.squares
+    def importance(self) -> Importance | None:
+        """How much the errors of a weight's channels count, where its observer asks for that."""
+        return self.observer.importance if isinstance(self.observer, ImportanceObserver) else None
+
+    @property
+    def _squares(self) -> Tensor | None:
+        return None if self.importance is None else self.importance.squares
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._version_seen = None

@@ -86,6 +86,20 @@ def test_it_finds_what_calibrate_finds_and_the_step_becomes_the_quantized_model(
 
 
 @torch.no_grad()
+def test_the_importance_of_channels_is_of_the_data_of_all_graphs():
+    config = make_config(weights={"num_bits": 4, "strategy": "channel", "observer": "imatrix_mse"})
+    # Other channels are large in each shape, and each shape makes a graph until sizes are dynamic.
+    batches = [batch * torch.linspace(i, 9 - i, 32) for i, batch in enumerate(make_batches(4, 6, 9))]
+    calibration = fxmse.Calibration(config)
+    step = torch.compile(make_mlp(), backend=calibration)
+    for batch in batches:
+        step(batch)
+    calibration.fold()
+    expected = fxmse.quantize(make_mlp(), config, batches, progress=False)
+    assert_equal_qparams(calibration.qparams, get_qparams(expected))
+
+
+@torch.no_grad()
 def test_graph_breaks_make_several_graphs_of_one_calibration():
     model, batches = Broken().eval(), make_batches(5, 5, 7)
     calibration = fxmse.Calibration(W8A8)
