@@ -160,6 +160,12 @@ class ImportanceObserver(Observer):
         super().__init__(base_name, args, **observer_kwargs)
         self.importance = Importance() if self.needs_importance else None
 
+    def give_importance(self) -> Importance | None:
+        """The importance, for a graph that has it as a module of its own: a state dict names it once."""
+        importance = self._modules.pop("importance", None)
+        object.__setattr__(self, "importance", importance)
+        return importance  # type: ignore[return-value]
+
     def observe(self, value: Tensor) -> None:
         """As :meth:`Observer.observe`; says why where there is no importance to search with."""
         if self.importance is not None and (reason := self._find_fault(self.importance, value)):

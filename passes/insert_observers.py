@@ -211,11 +211,11 @@ def _register_probe(graph_module: GraphModule, observation: _Observation) -> Non
 def _insert_importances(graph_module: GraphModule, observation: _Observation) -> None:
     """Rule 9."""
     observer = observation.observer
-    if not isinstance(observer, ImportanceObserver) or observer.importance is None:
+    if not isinstance(observer, ImportanceObserver) or (importance := observer.give_importance()) is None:
         return
     target = f"{observation.target.removesuffix('_observer')}_importance"
     parent, _, name = target.rpartition(".")
-    make_container(graph_module, parent).add_module(name, observer.importance)
+    make_container(graph_module, parent).add_module(name, importance)
     # A convolution's channels are not its rows' elements, and an embedding's input is an index: their observers have
     # no importance, and say so.
     operands = [o for read in observation.reads for o in read.operation.operands if o.is_channels_last]
