@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fxmse.counting import convert_counts, count, list_values
 from fxmse.errors import Range, cover_ranges
+from fxmse.global_scale import find_global_range
 from fxmse.importance import ImportanceObserver, check_importance_options
 from fxmse.observers import Observer
-from fxmse.optimum import find_global_range, find_optimum, find_optimum_of_counts
+from fxmse.optimum import find_optimum, find_optimum_of_counts
 from fxmse.power import AbsolutePower
 from fxmse.search import check_argument, measure_range
 from fxmse.states import State

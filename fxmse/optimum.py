@@ -21,7 +21,7 @@ Shape suffixes as in :mod:`fxmse.errors`; J counts global scales, N different va
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -42,7 +42,6 @@ from fxmse.errors import (
     find_max_elements,
     holds_pairs,
     measure_pairs,
-    measure_tiles,
     sum_moments,
     sum_powers,
 )
@@ -50,14 +49,13 @@ from fxmse.layout import Layout
 from fxmse.numerics import (
     Format,
     calculate_exact_scale,
-    calculate_global_scale,
     calculate_range_of_scale,
     list_stored_scales,
     round_scale,
 )
 from fxmse.power import AbsolutePower
 
-__all__ = ["find_global_range", "find_optimum", "find_optimum_of_counts"]
+__all__ = ["Problem", "Sample", "find_optimum", "find_optimum_of_counts", "sum_least_errors"]
 
 # Of integer grids, in parts of the scale of the group's own range. Widths and spacings were chosen so that errors stay
 # within .4 % of the least for groups of 32 to 4096 normal, heavy-tailed, skewed and real values of 2 to 8 bits.
@@ -80,13 +78,7 @@ _COUNTED = 1 << 10  # they are cut into parts of this length
 _COUNTED_AS = 128
 _LAST = 9  # scales around the best, where its valley's bottom does not follow from moments
 
-# Places of an octave where the global scale of tensor_group is tried, times sqrt(Q): the error of few groups is more
-# jagged. At the octave's upper end the group of the largest element can have all scales that are worth trying.
-_PLACES_OF_ONE = 1 << 12
-_MIN_PLACES, _MAX_PLACES = 16, 64
-# Some groups judge each place, and more the best of these: how many groups, and how many places they leave.
-_ROUNDS = ((1 << 11, 4), (1 << 13, 1))
-_MAX_AT_ONCE = 1 << 14  # groups
+_MAX_AT_ONCE = 1 << 14  # groups that are tried with several global scales
 
 
 class _Density(NamedTuple):
@@ -103,7 +95,7 @@ _OF_COUNTS = _Density(tuple(2.0 ** (-i / 12) for i in range(48)), 0.8, 0.03, tup
 
 
 @dataclass(frozen=True)
-class _Problem(Arithmetic):
+class Problem(Arithmetic):
     """All that a compiled search depends on but tensors."""
 
     dtype: torch.dtype  # that scales are stored in, where the format names none
@@ -210,6 +202,14 @@ class _Found(NamedTuple):
     base: Tensor
 
 
+class Sample(NamedTuple):
+    """Some of a weight's groups, each for so many."""
+
+    groups_QG: Tensor
+    weights_QG: Tensor | None
+    num_Q: Tensor
+
+
 def find_optimum(
     value: Tensor,
     format: Format,
@@ -242,7 +242,7 @@ def find_optimum(
     shape = layout.qparam_shape(value.shape)
     size = value.numel() // math.prod(shape)
     both_signs = negative_scale and format.symmetric and format.grid.type == "int"
-    problem = _Problem(format, power, False, value.dtype, both_signs)
+    problem = Problem(format, power, False, value.dtype, both_signs)
     plan = _Plan.of(format, size)
     num_signs = 2 if both_signs else 1
     is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.work * num_signs)
@@ -278,7 +278,7 @@ def find_optimum_of_counts(
     Returns:
         The ranges, shape (Q,).
     """
-    problem = _Problem(format, power, False, dtype)
+    problem = Problem(format, power, False, dtype)
     has_any_QN = counts_QN > 0
     own = Range(
         torch.where(has_any_QN, values_N, math.inf).amin(1), torch.where(has_any_QN, values_N, -math.inf).amax(1)
@@ -317,95 +317,11 @@ def _merge_neighbours(values_N: Tensor, counts_QN: Tensor) -> tuple[Tensor, Tens
     return (sums_M / totals_M.clamp(min=1)).float(), merged_QM
 
 
-def find_global_range(
-    values: Sequence[Tensor], format: Format, layout: Layout, power: AbsolutePower, importances: Sequence[Tensor | None]
-) -> Range:
-    """Finds the range, shape (1,), that the global scale follows from which weights of tensor_group are best with.
-
-    All of an octave is tried: another octave has the same scales but for the smallest and largest ones. Weights of many
-    groups are judged by a sample.
-
-    Args:
-        values: weights that share their global scale.
-        format: the format.
-        layout: their groups.
-        power: |e| ** norm.
-        importances: of each weight, as for :func:`find_optimum`.
-    """
-    assert layout.group_size is not None
-    problem = _Problem(format, power, False, values[0].dtype)
-    with torch.no_grad():
-        weights = []
-        for value, importance in zip(values, importances, strict=True):
-            groups_QG = value.detach().reshape(-1, layout.group_size)
-            # All groups are measured, which is compiled where the search that follows is.
-            is_compiled = pays_to_compile(problem, value, 0)
-            weights.append(_Groups.of(groups_QG, importance, power.exponent, is_compiled))
-        largest = torch.stack([weight.largest for weight in weights]).amax()
-        num_groups = sum(len(weight.groups_QG) for weight in weights)
-        num_places = min(max(int(_PLACES_OF_ONE / math.sqrt(num_groups)), _MIN_PLACES), _MAX_PLACES)
-        range_J = largest * 2 * torch.exp2(torch.arange(num_places, device=largest.device) / num_places)
-        for num_judges, num_left in _ROUNDS:
-            samples = [weight.draw(num_judges) for weight in weights]
-            total_J = torch.stack([_sum_best_errors(problem, sample, range_J) for sample in samples]).sum(0)
-            range_J = range_J[total_J.topk(num_left, largest=False).indices]
-    # Without a branch: what is not finite stays so.
-    return Range(-range_J, range_J + largest * 0.0)
-
-
-class _Sample(NamedTuple):
-    """Some of a weight's groups, each for so many."""
-
-    groups_QG: Tensor
-    weights_QG: Tensor | None
-    num_Q: Tensor
-
-
-class _Groups(NamedTuple):
-    """A weight's groups, to draw some of."""
-
-    groups_QG: Tensor
-    importance_BG: Tensor | None  # of the groups of one row
-    share_Q: Tensor  # how likely each is drawn, int64
-    end_Q: Tensor  # their running sum
-    largest: Tensor
-
-    @classmethod
-    def of(cls, groups_QG: Tensor, importance: Tensor | None, exponent: float, is_compiled: bool) -> "_Groups":
-        """Groups that are as likely as their largest magnitude ** norm, times the importance, is large."""
-        own = measure_tiles(groups_QG, Layout("weight", "channel"), is_compiled)
-        absmax_Q = torch.maximum(own.min.neg_(), own.max)
-        largest = absmax_Q.amax()
-        # In place: new memory costs more than the arithmetic.
-        share_Q = absmax_Q.div_(largest).pow_(exponent)
-        importance_BG = None
-        if importance is not None:
-            importance_BG = importance.reshape(-1, groups_QG.shape[1])
-            share_Q.view(-1, len(importance_BG)).mul_(importance_BG.mean(1) / importance_BG.mean())
-        # Whole numbers, whose sums are the same in any order. What is not finite counts as some number.
-        share_Q = share_Q.mul_(2.0**24).long().clamp_(min=1)
-        return cls(groups_QG, importance_BG, share_Q, share_Q.cumsum(0), largest)
-
-    def draw(self, num: int) -> _Sample:
-        """So many groups, systematically; all of fewer."""
-        groups_QG, importance_BG, share_Q, end_Q, _ = self
-        total = len(groups_QG)
-        if total <= num:
-            weights_QG = None if importance_BG is None else importance_BG.repeat(total // len(importance_BG), 1)
-            return _Sample(groups_QG, weights_QG, torch.ones_like(share_Q))
-        step = end_Q[-1].double() / num
-        places_N = torch.arange(0.5, num, device=groups_QG.device, dtype=torch.float64) * step
-        index_N = torch.searchsorted(end_Q, places_N.long(), right=True).clamp_(max=total - 1)
-        weights_NG = None if importance_BG is None else importance_BG[index_N % len(importance_BG)]
-        return _Sample(groups_QG[index_N], weights_NG, step / share_Q[index_N])
-
-
-def _sum_best_errors(problem: _Problem, sample: _Sample, largest_J: Tensor) -> Tensor:
-    """The error of a weight with the global scale of each largest magnitude, float64 [J]."""
+def sum_least_errors(problem: Problem, sample: Sample, global_scale_J: Tensor) -> Tensor:
+    """The least error of a weight of tensor_group with each global scale, float64 [J]."""
     num_groups, size = sample.groups_QG.shape
-    is_compiled = pays_to_compile(problem, sample.groups_QG, (problem.num_scales or 1) * len(largest_J))
+    is_compiled = pays_to_compile(problem, sample.groups_QG, (problem.num_scales or 1) * len(global_scale_J))
     plan = _Plan.of(problem.format, size)
-    global_scale_J = calculate_global_scale(-largest_J, largest_J)
     totals = []
     for part_J in global_scale_J.split(max(1, _MAX_AT_ONCE // num_groups)):
         times = len(part_J)
@@ -419,7 +335,7 @@ def _sum_best_errors(problem: _Problem, sample: _Sample, largest_J: Tensor) -> T
 
 
 def _search_tile(
-    problem: _Problem,
+    problem: Problem,
     plan: _Plan,
     tile: Tile,
     global_scale: Tensor | None,
@@ -443,7 +359,7 @@ def _search_tile(
 
 
 def _pick_stored(
-    problem: _Problem,
+    problem: Problem,
     values_OQPG: Tensor,
     global_scale: Tensor | None,
     weights_OQPG: Tensor | None,
@@ -469,7 +385,7 @@ def _pick_stored(
 
 
 def _report(
-    problem: _Problem, own: Range, error_Q: Tensor, base_Q: Tensor, scale_Q: Tensor, zero_point_Q: Tensor | None
+    problem: Problem, own: Range, error_Q: Tensor, base_Q: Tensor, scale_Q: Tensor, zero_point_Q: Tensor | None
 ) -> _Found:
     low_Q, high_Q = calculate_range_of_scale(scale_Q, zero_point_Q, problem.format)
     # What is not finite stays so. Inductor makes zeros of products with the integer 0, not of those with a float.
@@ -489,7 +405,7 @@ class _Sums:
 
 
 def _search_at_once(
-    problem: _Problem,
+    problem: Problem,
     values_OQPG: Tensor,
     global_scale: Tensor | None,
     weights_OQPG: Tensor | None,
@@ -505,7 +421,7 @@ def _search_at_once(
 
 
 def _search_spread(
-    problem: _Problem,
+    problem: Problem,
     plan: _Plan,
     tile: Tile,
     global_scale: Tensor | None,
@@ -536,7 +452,7 @@ def _search_spread(
     return _narrow_down(problem, sums, own, global_scale, *tensors, is_counted=is_counted)
 
 
-def _split(problem: _Problem, tile: Tile, num_candidates: int) -> list[Tile]:
+def _split(problem: Problem, tile: Tile, num_candidates: int) -> list[Tile]:
     """The tile in parts for which copies and tables are small."""
     values_OQPG, weights_OQPG = tile
     num_parts = count_parts(problem, values_OQPG, num_candidates)
@@ -563,7 +479,7 @@ def _cross(table_CQ: Tensor, table_TQ: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _narrow_down(
-    problem: _Problem,
+    problem: Problem,
     sums: _Sums,
     own: Range,
     global_scale: Tensor | None,
@@ -613,14 +529,14 @@ def _take_both_signs(sum: _Sum) -> _Sum:
 class _Search:
     """The search of one tile; ``first`` is the scale of each group's own range, which errors are in units of."""
 
-    problem: _Problem
+    problem: Problem
     sums: _Sums
     own: Range
     global_scale: Tensor | None
     first: _Candidates
 
     @classmethod
-    def of(cls, problem: _Problem, sums: _Sums, own: Range, global_scale: Tensor | None) -> "_Search":
+    def of(cls, problem: Problem, sums: _Sums, own: Range, global_scale: Tensor | None) -> "_Search":
         """The search of groups of these ranges."""
         one_1Q = torch.ones_like(own.min)[None]
         first = _make_candidates(problem, own, global_scale, _Places(one_1Q, one_1Q * 0))
@@ -760,7 +676,7 @@ class _Best(NamedTuple):
         )
 
 
-def _make_candidates(problem: _Problem, own: Range, global_scale: Tensor | None, places: _Places) -> _Candidates:
+def _make_candidates(problem: Problem, own: Range, global_scale: Tensor | None, places: _Places) -> _Candidates:
     """The candidates at places."""
     grid = problem.format.grid
     if problem.format.symmetric:
@@ -776,7 +692,7 @@ def _make_candidates(problem: _Problem, own: Range, global_scale: Tensor | None,
     return _Candidates(scale_CQ, grid.round((grid.qmin - low_CQ / scale_CQ).clamp(grid.qmin, grid.qmax)))
 
 
-def _store(problem: _Problem, scale: Tensor, global_scale: Tensor | None) -> Tensor:
+def _store(problem: Problem, scale: Tensor, global_scale: Tensor | None) -> Tensor:
     """A scale as it will be stored, in units of x."""
     dtype = problem.format.scale_dtype or problem.dtype
     if global_scale is None:

@@ -18,6 +18,7 @@ ORDER = (
     "fxmse.errors",
     "fxmse.search",
     "fxmse.optimum",
+    "fxmse.global_scale",
     "fxmse.states",
     "fxmse.observers",
     "fxmse.importance",
