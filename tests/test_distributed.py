@@ -43,7 +43,8 @@ def prepare(config, seed=0):
 
 def get_state(observed):
     """What the observers know."""
-    return copy.deepcopy({name: tensor for name, tensor in observed.state_dict().items() if "_observer." in name})
+    state = observed.state_dict()
+    return copy.deepcopy({name: state[name] for name in state if "_observer." in name or "_importance." in name})
 
 
 def assert_equal(found, expected):
