@@ -102,6 +102,11 @@ class Problem(Arithmetic):
     both_signs: bool = False  # of scales
 
     @property
+    def num_signs(self) -> int:
+        """How often each group is searched."""
+        return 2 if self.both_signs else 1
+
+    @property
     def num_scales(self) -> int | None:
         """How many stored scales can be best, from ``top_ratio`` times the group's own downwards; None for many."""
         if self.format.is_mx:
@@ -244,11 +249,10 @@ def find_optimum(
     both_signs = negative_scale and format.symmetric and format.grid.type == "int"
     problem = Problem(format, power, False, value.dtype, both_signs)
     plan = _Plan.of(format, size)
-    num_signs = 2 if both_signs else 1
-    is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.work * num_signs)
+    is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.work * problem.num_signs)
     problem = replace(problem, reads_pairs=is_compiled and importance is None and holds_pairs(value, layout))
     max_elements = find_max_elements(problem, value.dtype)
-    num_candidates = problem.num_scales or max(16, len(plan.fine)) * num_signs
+    num_candidates = problem.num_scales or max(16, len(plan.fine)) * problem.num_signs
     max_groups = max(1, min(MAX_TABLE // num_candidates, max_elements // size))
     with torch.no_grad():
         tiles = cut_tiles(value, layout, max_groups, importance)
@@ -431,7 +435,7 @@ def _search_spread(
 ) -> _Found:
     """The search of groups that are spread over many observations, some of these at a time."""
     num_candidates = len(plan.coarse) * (1 if problem.format.symmetric else len(_PLACES))
-    num_candidates = max(num_candidates, len(plan.fine)) * (1 + problem.both_signs)
+    num_candidates = max(num_candidates, len(plan.fine)) * problem.num_signs
     parts = _split(problem, tile, num_candidates)
     is_counted = own is not None
     if own is None:

@@ -184,7 +184,7 @@ def test_large_weights_are_judged_by_some_groups(data, importance):
             excesses.append(sampled / get_weighted_error(observer, weight, weights) - 1)
     # Another sample of the groups finds another of the scales that are nearly the best.
     assert torch.stack(excesses).mean() <= 0.001
-    assert max(excesses) <= 0.003
+    assert max(excesses) <= 0.002
 
 
 def test_weights_that_share_a_global_scale_are_searched_together():
