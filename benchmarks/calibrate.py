@@ -29,9 +29,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 import fxmse
-from fxmse.compiling import compilation
+from fxmse.observers.states import State
 from fxmse.passes.probe import find_probes
-from fxmse.states import State
+from fxmse.search.compiling import compilation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

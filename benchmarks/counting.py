@@ -16,10 +16,10 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from tabulate import tabulate
 
-from fxmse.compiling import compilation
-from fxmse.counting import count
-from fxmse.layout import Layout
-from fxmse.observers import Observer
+from fxmse.formats.layout import Layout
+from fxmse.observers.base import Observer
+from fxmse.observers.counting import count
+from fxmse.search.compiling import compilation
 
 SHAPES = {"8 x 512 x 1024": (8, 512, 1024), "16 x 64 x 384": (16, 64, 384)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -44,7 +44,7 @@ from tables import Row, choose, note, print_pivot
 from tabulate import tabulate
 from torch import Tensor
 
-from fxmse.compiling import compilation
+from fxmse.search.compiling import compilation
 
 BRUTE_FORCE = "brute force"
 TIE = 1e-6

@@ -35,9 +35,9 @@ from tabulate import tabulate
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-import fxmse.search as search_module
-from fxmse.compiling import compilation
-from fxmse.observers import Observer
+import fxmse.search.shrinking as search_module
+from fxmse.observers.base import Observer
+from fxmse.search.compiling import compilation
 
 FP8 = torch.float8_e4m3fn
 WEIGHTS: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ COMPILE = """
 import sys, time, torch
 sys.path.insert(0, sys.argv[1])
 from search import WEIGHTS, observe
-from fxmse.observers import Observer
+from fxmse.observers.base import Observer
 weight = torch.randn(1024, 1024)
 torch.compile(lambda x: x + 1)(weight)  # torch's own start
 start = time.perf_counter()

@@ -18,12 +18,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fxmse.capture import split_inputs
-from fxmse.checkpoint import check_replaceable, save_pretrained
-from fxmse.data import read_batches
-from fxmse.exporting import export, load_program, save_program
+from fxmse.capture.front_ends import split_inputs
+from fxmse.inputs.data import read_batches
+from fxmse.outputs.checkpoint import check_replaceable, save_pretrained
+from fxmse.outputs.exporting import export, load_program, save_program
+from fxmse.outputs.reporting import describe_format, report
 from fxmse.pipeline import calibrate, convert, prepare
-from fxmse.reporting import describe_format, report
 
 __all__ = ["main"]
 

@@ -21,8 +21,8 @@ from compressed_tensors.quantization.utils import calculate_range
 from compressed_tensors.utils.match import is_match, match_targets
 from torch import nn
 
-from fxmse.layout import Layout
-from fxmse.numerics import Format
+from fxmse.formats.grids import Format
+from fxmse.formats.layout import Layout
 
 __all__ = [
     "CONFIG_KEY",

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxmse.counting import count, count_patterns
-from fxmse.layout import Layout
-from fxmse.numerics import Format, Grid, calculate_scale_and_zero_point
-from fxmse.observers import MSEObserver
+from fxmse.formats.grids import Format, Grid, calculate_scale_and_zero_point
+from fxmse.formats.layout import Layout
+from fxmse.observers.base import MSEObserver
+from fxmse.observers.counting import count, count_patterns
 
 __all__ = [
     "DECOMPOSITIONS",
@@ -44,7 +44,7 @@ def _fake_quantize(
         scale: float, shape qparam_shape of the strategy; divided by ``global_scale`` where there is one.
         zero_point: the same shape, or None for 0.
         global_scale: float32, one element, or None.
-        num_bits: of a :class:`fxmse.numerics.Grid`.
+        num_bits: of a :class:`fxmse.formats.grids.Grid`.
         type: "int" or "float".
         strategy: a ``QuantizationStrategy`` value.
         group_size: for group and tensor_group; divides the last dimension.
@@ -106,7 +106,7 @@ def _dynamic_fake_quantize(
     Args:
         x: float, an activation (..., channels).
         global_scale: float32, one element, or None.
-        num_bits: of a :class:`fxmse.numerics.Grid`.
+        num_bits: of a :class:`fxmse.formats.grids.Grid`.
         type: "int" or "float".
         symmetric: whether the zero point is 0.
         strategy: "tensor", "token" (a scale for each row of x's last dimension), "group" or "tensor_group".
@@ -196,7 +196,7 @@ def _(value: Tensor, spec: str) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("fxmse::count", mutates_args=())
 def _count(value: Tensor, counts: Tensor | None, base_name: str, strategy: str, group_size: int | None) -> Tensor:
-    """:func:`fxmse.counting.count` with a layout of these fields."""
+    """:func:`fxmse.observers.counting.count` with a layout of these fields."""
     return count(value, Layout(base_name, strategy, group_size), counts)
 
 

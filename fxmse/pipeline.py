@@ -2,38 +2,32 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Iterable, Sized
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from fxmse.capture import capture, copy_graph_module, split_inputs
+from fxmse.calibration.merging import agree_on_weights, check_alike, describe, merge_states, share_searches
+from fxmse.calibration.observing import get_probes, observe_batches, observe_weights
+from fxmse.calibration.ranks import Ranks, check_group
+from fxmse.capture.front_ends import capture, copy_graph_module
 from fxmse.config import Config
-from fxmse.distributed import agree_on_weights, check_alike, describe, merge_states, share_searches
-from fxmse.importance import Importance
-from fxmse.observers import describe_non_finite
-from fxmse.ops import is_fake_quantize
 from fxmse.passes import FoldFakeQuant, InsertObservers
 from fxmse.passes.probe import (
-    Probe,
     find_free_weights,
-    find_importances,
-    find_probes,
     find_weights,
     finish_weights,
 )
-from fxmse.ranks import Ranks, check_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["calibrate", "convert", "observe_or_roll_back", "prepare", "quantize"]
+__all__ = ["calibrate", "convert", "prepare", "quantize"]
 
 
 def prepare(
@@ -109,46 +103,24 @@ def calibrate(
     is_shown = progress and (group is None or group.rank() == 0)
     bar = tqdm(batches, desc="calibrate", unit="batch", disable=not is_shown)
     if group is None:
-        _observe_weights(find_free_weights(observed))
-        num_batches = _observe_batches(observed, bar, compile)
+        observe_weights(find_free_weights(observed))
+        num_batches = observe_batches(observed, bar, compile)
     else:
         with Ranks(group, timeout) as ranks:
             check_alike(ranks, {"the call": "calibrate", **describe(observed)})
             weights = find_free_weights(observed)
             agree_on_weights(ranks, weights)
             unknown = {probe: rows for probe, rows in weights.items() if not probe.knows(rows)}
-            share_searches(ranks, unknown, _observe_weights)
-            run = functools.partial(_observe_batches, observed, ranks.watch(bar), compile)
+            share_searches(ranks, unknown, observe_weights)
+            run = functools.partial(observe_batches, observed, ranks.watch(bar), compile)
             num_batches = merge_states(ranks, observed, run)
-    unseen = [probe.name for probe in _get_probes(observed) if not probe.is_weight and not probe.has_statistics]
+    unseen = [probe.name for probe in get_probes(observed) if not probe.is_weight and not probe.has_statistics]
     if unseen:
         raise ValueError(
             f"{num_batches} batches of calibration data showed nothing to {'; '.join(unseen)}: pass batches that reach "
             "them"
         )
     return observed
-
-
-def _observe_weights(weights: Mapping[Probe, Tensor]) -> None:
-    probes = {probe.name: probe for probe in weights}
-    observe_or_roll_back(probes, "the weights", lambda: [probe(rows) for probe, rows in weights.items()])
-
-
-def _observe_batches(observed: GraphModule, batches: Iterable[Any], compile: bool) -> int:
-    """Runs batches through an observed graph, whose weights are known; returns how many."""
-    watchers: dict[str, Probe | Importance] = {p.name: p for p in _get_probes(observed) if not p.is_weight}
-    watchers |= {str(node.target): importance for node, importance in find_importances(observed)}
-    compiled = torch.compile(observed, fullgraph=True, dynamic=True) if compile else observed
-    count = 0
-    for count, batch in enumerate(batches, 1):
-        args, kwargs = split_inputs(batch)
-        if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves((args, kwargs))):
-            raise ValueError(f"batch {count} is empty: expected tensors of at least one element")
-        # The first batch gives the observers their states, and what a graph is compiled for changes no more.
-        run = compiled if count > 1 else observed
-        uncompiled = functools.partial(observed, *args, **kwargs)
-        observe_or_roll_back(watchers, f"batch {count}", functools.partial(run, *args, **kwargs), uncompiled)
-    return count
 
 
 @torch.no_grad()
@@ -171,7 +143,7 @@ def convert(
             graphs or states differ.
         RuntimeError: as in :func:`calibrate`.
     """
-    _get_probes(observed)
+    get_probes(observed)
     if group := check_group(group):
         with Ranks(group, timeout) as ranks:
             check_alike(ranks, {"the call": "convert", **describe(observed)})
@@ -201,65 +173,3 @@ def quantize(
     total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(itertools.chain(first, remaining), desc="calibrate", unit="batch", total=total, disable=not progress)
     return convert(calibrate(observed, bar, compile=compile, progress=False))
-
-
-def _get_probes(observed: GraphModule) -> list[Probe]:
-    probes = list(dict.fromkeys(probe for _, probe in find_probes(observed)))
-    if probes:
-        return probes
-    if any(is_fake_quantize(node) for node in observed.graph.nodes):
-        raise ValueError("the graph was folded already: it has fake-quantize nodes and no observers")
-    raise ValueError("the graph has no observers: make it with fxmse.prepare")
-
-
-def observe_or_roll_back(
-    watchers: Mapping[str, Probe | Importance],
-    what: str,
-    run: Callable[[], object],
-    uncompiled: Callable[[], object] | None = None,
-) -> None:
-    """Calls ``run``; whatever goes wrong, the states of ``watchers`` are as they were before."""
-    before = {name: watcher.state for name, watcher in watchers.items()}
-    try:
-        run()
-        _check_finite(watchers, before, what, uncompiled or run)
-    except BaseException:
-        _restore(watchers, before)
-        raise
-
-
-def _restore(watchers: Mapping[str, Probe | Importance], states: Mapping[str, Any]) -> None:
-    for name, watcher in watchers.items():
-        watcher.go_back(states[name])
-
-
-def _check_finite(
-    watchers: Mapping[str, Probe | Importance],
-    before: Mapping[str, Any],
-    what: str,
-    run: Callable[[], object],
-) -> None:
-    """Raises ValueError naming the sites that saw NaN or Inf, and how many; one synchronisation where all is well."""
-    tensors = [tensor.flatten() for watcher in watchers.values() for tensor in watcher.state.witnesses]
-    if not tensors or torch.cat(tensors).isfinite().all():
-        return
-    bad = {n: w for n, w in watchers.items() if not all(tensor.isfinite().all() for tensor in w.state.witnesses)}
-    # The values themselves are gone: look at them again while the same data runs once more.
-    found: dict[str, str] = {}
-    _restore(watchers, before)
-    hooks = [
-        watcher.register_forward_pre_hook(functools.partial(_note_non_finite, found, name))
-        for name, watcher in bad.items()
-    ]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    sites = "; ".join(f"{name} {description}" for name, description in found.items())
-    raise ValueError(f"NaN or Inf in {what}: {sites}. The observers are as they were before {what}")
-
-
-def _note_non_finite(found: dict[str, str], name: str, watcher: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    if not inputs[0].isfinite().all():
-        found.setdefault(name, describe_non_finite(inputs[0]))

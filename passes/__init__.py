@@ -1,4 +1,28 @@
-"""torch.fx passes: ``GraphModule -> PassResult``, in place, exact about ``modified``."""
+"""torch.fx passes: ``GraphModule -> PassResult``, in place, exact about ``modified``.
+
+What they share, and what they put into a graph:
+
+- ``base``: how a pass is run.
+- ``weight_view``: parameters as rows of output channels, and back.
+- ``probe``: an observer as a node.
+
+What they look for in a graph:
+
+- ``movement``: parameters behind transposes and choices.
+- ``operation``: what an op that can be quantized is made of.
+- ``attention``: attention, as one call or written out.
+- ``stand_ins``: the modules that nodes were traced from, for matching.
+- ``quantizable_ops``: all ops that can be quantized.
+- ``joins``: ops that join several values.
+- ``reads``: a config and a graph become sites.
+
+The passes:
+
+- ``functionalize_modules``: calls of modules become functional, so that weights are visible.
+- ``insert_observers``: probes on the values that a config wants quantized.
+- ``fold_fake_quant``: probes become fake-quantize nodes.
+- ``lower_to_qdq``: int8 fake-quantize nodes become pairs for Inductor's kernels.
+"""
 
 from fxmse.passes.fold_fake_quant import FoldFakeQuant
 from fxmse.passes.functionalize_modules import FunctionalizeModules

@@ -1,12 +1,9 @@
-"""What every pass shares: how it is run, and how a graph's attributes are read and written."""
+"""What every pass shares: how it is run."""
 
-from typing import Any
-
-from torch import nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-__all__ = ["GraphPass", "get_attribute", "make_container"]
+__all__ = ["GraphPass"]
 
 
 class GraphPass(PassBase):
@@ -37,21 +34,3 @@ class GraphPass(PassBase):
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Changes the graph; returns whether it did. Raises before the first change where it cannot."""
         raise NotImplementedError
-
-
-def get_attribute(graph_module: GraphModule, target: str) -> Any:
-    """What a get_attr node of ``target`` returns."""
-    value: Any = graph_module
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def make_container(graph_module: GraphModule, path: str) -> nn.Module:
-    """The submodule at ``path``, made of empty modules where there is none."""
-    module: nn.Module = graph_module
-    for name in filter(None, path.split(".")):
-        if not hasattr(module, name):
-            module.add_module(name, nn.Module())
-        module = getattr(module, name)
-    return module

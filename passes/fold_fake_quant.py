@@ -6,8 +6,9 @@ from compressed_tensors.quantization import QuantizationType
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxmse.capture.attributes import make_container
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE
-from fxmse.passes.base import GraphPass, make_container
+from fxmse.passes.base import GraphPass
 from fxmse.passes.probe import Probe, find_importances, find_probes, finish_weights
 
 __all__ = ["SITES_KEY", "FoldFakeQuant"]

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
+from fxmse.capture.attributes import get_attribute, make_container
 from fxmse.config import CONFIG_KEY, Config, Site, resolve_config
-from fxmse.importance import ImportanceObserver
-from fxmse.observers import Observer
+from fxmse.observers.base import Observer
+from fxmse.observers.importance import ImportanceObserver
 from fxmse.ops import is_fake_quantize
-from fxmse.passes.base import GraphPass, get_attribute, make_container
+from fxmse.passes.base import GraphPass
 from fxmse.passes.functionalize_modules import FunctionalizeModules
 from fxmse.passes.joins import JOINS, find_joined_values
 from fxmse.passes.probe import Probe, skip_probes

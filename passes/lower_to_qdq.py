@@ -11,8 +11,9 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxmse.capture.attributes import get_attribute
 from fxmse.ops import FAKE_QUANTIZE, is_fake_quantize
-from fxmse.passes.base import GraphPass, get_attribute
+from fxmse.passes.base import GraphPass
 from fxmse.passes.fold_fake_quant import SITES_KEY
 
 __all__ = ["LowerToQDQ"]

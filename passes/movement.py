@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import GraphModule, Node
 
-from fxmse.passes.base import get_attribute
+from fxmse.capture.attributes import get_attribute
 from fxmse.passes.probe import find_probe
 
 __all__ = ["FoundParameter", "find_parameter"]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxmse.capture.attributes import get_attribute
 from fxmse.config import Site, check_dynamic_shape
-from fxmse.importance import Importance, ImportanceObserver
-from fxmse.observers import Observer
-from fxmse.passes.base import get_attribute
+from fxmse.observers.base import Observer
+from fxmse.observers.importance import Importance, ImportanceObserver
+from fxmse.observers.states import State
 from fxmse.passes.weight_view import WeightView
-from fxmse.states import State
 
 __all__ = [
     "Probe",

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxmse.capture.attributes import get_attribute
 from fxmse.passes.attention import find_attention
-from fxmse.passes.base import get_attribute
 from fxmse.passes.movement import find_parameter
 from fxmse.passes.operation import Argument, Operand, Operation, Weight
 from fxmse.passes.stand_ins import find_call, find_module

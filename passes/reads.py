@@ -10,9 +10,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxmse.capture.attributes import get_attribute
 from fxmse.config import Matches, Site, check_dynamic_shape, make_site, match_schemes
-from fxmse.layout import Layout
-from fxmse.passes.base import get_attribute
+from fxmse.formats.layout import Layout
 from fxmse.passes.operation import Argument, Operation, Weight
 from fxmse.passes.probe import find_probe
 from fxmse.passes.quantizable_ops import find_opaque_modules, find_operations

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from fxmse.compiling import compilation
+from fxmse.search.compiling import compilation
 
 if num_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     num_threads = max(1, torch.get_num_threads() // num_workers)

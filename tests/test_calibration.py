@@ -8,7 +8,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import fxmse
-from fxmse.inductor import FakeQuantizePass
+from fxmse.outputs.inductor import FakeQuantizePass
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 LINEAR_INPUTS = {"num_bits": 8, "symmetric": False}

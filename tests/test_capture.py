@@ -5,7 +5,7 @@ import torch
 from models import FRONT_ENDS, Attention, make_front_ends
 from torch import nn
 
-from fxmse.capture import capture, copy_graph_module, split_inputs
+from fxmse.capture.front_ends import capture, copy_graph_module, split_inputs
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)

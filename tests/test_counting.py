@@ -9,9 +9,9 @@ from cases import make_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxmse.compiling import compilation
-from fxmse.counting import convert_counts, count, count_non_finite, count_patterns, list_values
-from fxmse.layout import Layout
+from fxmse.formats.layout import Layout
+from fxmse.observers.counting import convert_counts, count, count_non_finite, count_patterns, list_values
+from fxmse.search.compiling import compilation
 
 TENSOR, GROUP, HEAD = Layout("input", "tensor"), Layout("input", "group", 16), Layout("q", "attn_head")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -19,9 +19,9 @@ from models import W8A8, Products, make_config
 from processes import Processes
 
 import fxmse
-from fxmse.distributed import share_out
-from fxmse.exact import ExactMSEObserver
-from fxmse.observers import Observer
+from fxmse.calibration.merging import share_out
+from fxmse.observers.base import Observer
+from fxmse.observers.exact import ExactMSEObserver
 
 ONE_BATCH = Products.make_batches(1)
 IMATRIX = make_config(weights={"num_bits": 4, "strategy": "group", "group_size": 8, "observer": "imatrix_mse"})

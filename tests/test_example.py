@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import fxmse
-import fxmse.compiling as compiling
+import fxmse.search.compiling as compiling
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

@@ -16,8 +16,8 @@ from printing import print_graph
 from torch import nn
 
 import fxmse
-from fxmse.importance import Importance
-from fxmse.observers import Observer
+from fxmse.observers.base import Observer
+from fxmse.observers.importance import Importance
 from fxmse.passes.probe import find_importances
 
 NAMES = ("imatrix_mse", "nvfp4_expanded_imatrix")
@@ -125,9 +125,9 @@ def test_experts_share_the_importance_of_their_channels():
 def test_tiles_equal_the_whole_compiled_or_not(args_name, monkeypatch):
     args, weight, activations = WEIGHT_ARGS[args_name], make_weight("heavy", rows=64), make_activations()
     whole = observe(weight, args, activations)
-    monkeypatch.setattr("fxmse.layout.MAX_ELEMENTS", 7 * 32)  # tiles are no multiple of a row's 3 groups
+    monkeypatch.setattr("fxmse.formats.layout.MAX_ELEMENTS", 7 * 32)  # tiles are no multiple of a row's 3 groups
     tiled = observe(weight, args, activations)
-    monkeypatch.setattr("fxmse.compiling.MIN_COMPILED", 1)
+    monkeypatch.setattr("fxmse.search.compiling.MIN_COMPILED", 1)
     compiled = observe(weight, args, activations)
     torch.testing.assert_close(tiled["scale"], whole["scale"], rtol=1e-6, atol=0)
     torch.testing.assert_close(compiled["scale"], whole["scale"], rtol=1e-6, atol=0)

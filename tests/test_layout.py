@@ -5,7 +5,7 @@ import torch
 from cases import ACTIVATION_ARGS, NVFP4, WEIGHT_ARGS, make_args
 from llmcompressor.observers.helpers import flatten_for_calibration
 
-from fxmse.layout import Layout
+from fxmse.formats.layout import Layout
 
 
 def merge_tiles(layout, value, max_groups):

@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import fxmse
-from fxmse.capture import copy_graph_module
+from fxmse.capture.front_ends import copy_graph_module
 from fxmse.ops import is_fake_quantize
 from fxmse.passes import LowerToQDQ
 

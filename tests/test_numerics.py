@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import list_values, round_to
 
-from fxmse.numerics import (
+from fxmse.formats.grids import (
     Format,
     Grid,
     calculate_exact_scale,

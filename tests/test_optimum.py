@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import find_least_errors, sum_errors
 
-from fxmse.compiling import compilation
-from fxmse.errors import Range
-from fxmse.global_scale import _ROUNDS, find_global_range
-from fxmse.layout import Layout
-from fxmse.numerics import Format
-from fxmse.observers import Observer
-from fxmse.optimum import find_optimum
-from fxmse.power import AbsolutePower
+from fxmse.formats.grids import Format
+from fxmse.formats.layout import Layout
+from fxmse.observers.base import Observer
+from fxmse.search.compiling import compilation
+from fxmse.search.error_sums import Range
+from fxmse.search.global_scale import _ROUNDS, find_global_range
+from fxmse.search.optimum import find_optimum
+from fxmse.search.power import AbsolutePower
 
 KINDS = ("normal", "heavy", "skewed")
 
@@ -180,7 +180,7 @@ def test_large_weights_are_judged_by_some_groups(data, importance):
             observer.importance(activations)
         sampled = get_weighted_error(observer, weight, weights)
         everything = {"_ROUNDS": ((1 << 20, 1),), "_MIN_PLACES": 64}
-        with mock.patch.multiple("fxmse.global_scale", **everything):
+        with mock.patch.multiple("fxmse.search.global_scale", **everything):
             excesses.append(sampled / get_weighted_error(observer, weight, weights) - 1)
     # Another sample of the groups finds another of the scales that are nearly the best.
     assert torch.stack(excesses).mean() <= 0.001

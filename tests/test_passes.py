@@ -13,8 +13,8 @@ from models import FRONT_ENDS, W8A8, Attention, Convolutions, make_config, make_
 from printing import print_graph
 from torch import nn
 
-from fxmse.capture import capture
-from fxmse.observers import Observer
+from fxmse.capture.front_ends import capture
+from fxmse.observers.base import Observer
 from fxmse.ops import FAKE_QUANTIZE
 from fxmse.passes import FoldFakeQuant, FunctionalizeModules, InsertObservers
 from fxmse.passes.base import GraphPass

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxmse.power import AbsolutePower
+from fxmse.search.power import AbsolutePower
 
 
 @pytest.mark.parametrize("exponent", [1.0, 1.01, 1.2, 1.5, 2.0, 2.4, 2.5, 3.0, 3.5, 3.7, 4.0])

@@ -12,9 +12,9 @@ from models import Products, make_config
 from processes import Processes
 
 import fxmse
-from fxmse.observers import Observer
+from fxmse.observers.base import MemorylessMSEObserver, Observer
+from fxmse.observers.states import State
 from fxmse.passes.probe import find_probes
-from fxmse.states import State
 
 CONFIGS = {
     **{n: make_config(inputs={"num_bits": 8, "observer": n}) for n in ("mse", "static_minmax", "minmax", "exact_mse")},
@@ -160,7 +160,7 @@ def test_loading_into_a_graph_in_use_searches_nothing(monkeypatch):
     observed = fxmse.calibrate(prepare("mse"), Products.make_batches(1), progress=False)
     used = fxmse.calibrate(prepare("mse"), Products.make_batches(3), progress=False)
     used.load_state_dict(observed.state_dict())
-    monkeypatch.setattr("fxmse.observers.MemorylessMSEObserver.update", lambda *_: pytest.fail("a weight is searched"))
+    monkeypatch.setattr(MemorylessMSEObserver, "update", lambda *_: pytest.fail("a weight is searched"))
     fxmse.calibrate(used, Products.make_batches(1), progress=False)
     assert_equal(
         fxmse.convert(used).state_dict(),

@@ -16,20 +16,20 @@ from oracle import search as search_by_contract
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
-import fxmse.compiling as compiling
-import fxmse.errors as errors
-import fxmse.search as search_module
-from fxmse.compiling import compilation
-from fxmse.layout import Layout
-from fxmse.numerics import (
+import fxmse.search.compiling as compiling
+import fxmse.search.error_sums as errors
+import fxmse.search.shrinking as search_module
+from fxmse.formats.grids import (
     Format,
     calculate_exact_scale,
     calculate_global_scale,
     count_stored_scales,
     list_stored_scales,
 )
-from fxmse.observers import Observer
-from fxmse.search import SearchOptions, measure_range, search, search_global_range
+from fxmse.formats.layout import Layout
+from fxmse.observers.base import Observer
+from fxmse.search.compiling import compilation
+from fxmse.search.shrinking import SearchOptions, measure_range, search, search_global_range
 
 # A tie: the contract leaves either candidate to be chosen.
 TIE = 1e-6
@@ -193,8 +193,8 @@ def test_many_schemes_stay_compiled():
 WITHOUT_COMPILER = """
 import sys, warnings, torch
 from compressed_tensors.quantization import QuantizationArgs
-from fxmse.observers import Observer
-from fxmse.compiling import compilation
+from fxmse.observers.base import Observer
+from fxmse.search.compiling import compilation
 args = QuantizationArgs(num_bits=3, strategy="channel")
 weights = torch.load(sys.argv[1])
 with warnings.catch_warnings(record=True) as caught, compilation("always"):

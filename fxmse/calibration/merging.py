@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxmse.importance import Importance, ImportanceState
-from fxmse.observers import Observer
+from fxmse.calibration.ranks import Ranks, Tensors
+from fxmse.observers.base import Observer
+from fxmse.observers.importance import Importance, ImportanceState
+from fxmse.observers.states import State
 from fxmse.passes.probe import Probe, find_importances, find_probes, find_weights
-from fxmse.ranks import Ranks, Tensors
-from fxmse.states import State
 
 __all__ = ["agree_on_weights", "check_alike", "describe", "merge_states", "share_out", "share_searches"]
 

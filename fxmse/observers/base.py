@@ -2,7 +2,7 @@
 
 An observer is one state machine: ``init`` gives the state before the first value, ``update`` that after one more,
 ``merge`` that of two halves of the data, and ``finish`` the ranges that the qparams follow from. All four are pure
-functions of states, which are tensors (:class:`fxmse.states.State`).
+functions of states, which are tensors (:class:`fxmse.observers.states.State`).
 """
 
 import functools
@@ -18,11 +18,11 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from compressed_tensors.registry import RegistryMixin
 from torch import Tensor
 
-from fxmse.errors import Range, cover_ranges
-from fxmse.layout import Layout
-from fxmse.numerics import Format, calculate_global_scale, round_scale
-from fxmse.search import SearchOptions, check_argument, measure_range, search, search_global_range
-from fxmse.states import State, Stateful
+from fxmse.formats.grids import Format, calculate_global_scale, round_scale
+from fxmse.formats.layout import Layout
+from fxmse.observers.states import State, Stateful
+from fxmse.search.error_sums import Range, cover_ranges
+from fxmse.search.shrinking import SearchOptions, check_argument, measure_range, search, search_global_range
 
 __all__ = [
     "ExpandedMSEOptions",

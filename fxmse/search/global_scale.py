@@ -1,6 +1,7 @@
 """The global scale that weights of tensor_group are best with.
 
-Shape suffixes as in :mod:`fxmse.errors`; J counts global scales, B the groups of a row, N groups that were drawn.
+Shape suffixes as in :mod:`fxmse.search.error_sums`; J counts global scales, B the groups of a row, N groups that were
+drawn.
 """
 
 import math
@@ -10,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxmse.compiling import pays_to_compile
-from fxmse.errors import Range, measure_tiles
-from fxmse.layout import Layout
-from fxmse.numerics import Format, calculate_global_scale
-from fxmse.optimum import Problem, Sample, sum_least_errors
-from fxmse.power import AbsolutePower
+from fxmse.formats.grids import Format, calculate_global_scale
+from fxmse.formats.layout import Layout
+from fxmse.search.compiling import pays_to_compile
+from fxmse.search.error_sums import Range, measure_tiles
+from fxmse.search.optimum import Problem, Sample, sum_least_errors
+from fxmse.search.power import AbsolutePower
 
 __all__ = ["find_global_range"]
 
@@ -40,7 +41,7 @@ def find_global_range(
         format: the format.
         layout: their groups.
         power: |e| ** norm.
-        importances: of each weight, as for :func:`fxmse.optimum.find_optimum`.
+        importances: of each weight, as for :func:`fxmse.search.optimum.find_optimum`.
     """
     assert layout.group_size is not None
     problem = Problem(format, power, False, values[0].dtype)

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxmse.capture.attributes import get_attribute
 from fxmse.config import CONFIG_KEY
-from fxmse.files import replace_folder
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
-from fxmse.passes.base import get_attribute
+from fxmse.outputs.files import replace_folder
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.probe import Probe, find_probes, find_weights
 

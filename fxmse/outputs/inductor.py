@@ -12,8 +12,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule
 
+from fxmse.capture.lifted import bind_parameters, find_lifted
 from fxmse.config import Config, NothingMatchedError, resolve_config
-from fxmse.lifted import bind_parameters, find_lifted
 from fxmse.passes import FoldFakeQuant, InsertObservers
 from fxmse.passes.probe import find_probes
 

@@ -13,9 +13,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from fxmse.capture import let_vary, split_inputs
-from fxmse.files import replace_file
+from fxmse.capture.front_ends import let_vary, split_inputs
 from fxmse.ops import DECOMPOSITIONS
+from fxmse.outputs.files import replace_file
 
 __all__ = ["export", "load_program", "save_program"]
 

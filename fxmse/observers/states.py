@@ -5,8 +5,8 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxmse.counting import count_non_finite
-from fxmse.errors import Range
+from fxmse.observers.counting import count_non_finite
+from fxmse.search.error_sums import Range
 
 __all__ = ["State", "Stateful"]
 
@@ -20,7 +20,7 @@ class State(NamedTuple):
         global_min_vals: float32, (1,), in units of x; with ``global_max_vals`` the range that tensor_group's global
             scale follows from.
         global_max_vals: see above.
-        counts: int64, (groups, patterns): how often each group had which value (:mod:`fxmse.counting`).
+        counts: int64, (groups, patterns): how often each group had which value (:mod:`fxmse.observers.counting`).
         num_values: int64, no dimension: of how many values ``min_vals`` and ``max_vals`` are the average.
         like: an empty tensor, of the values' dtype and on their device.
     """

@@ -1,6 +1,6 @@
 """The value grids that formats store, and the scale and zero point that put a range on one.
 
-Legend of shape suffixes, here and in :mod:`fxmse.search`: O observations, Q qparams (one per group),
+Legend of shape suffixes, here and in :mod:`fxmse.search.shrinking`: O observations, Q qparams (one per group),
 C candidates, G elements of a group.
 """
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxmse.capture import copy_graph_module
+from fxmse.calibration.observing import observe_or_roll_back
+from fxmse.capture.front_ends import copy_graph_module
+from fxmse.capture.lifted import Lifted, bind_parameters, find_lifted
 from fxmse.config import Config, NothingMatchedError, resolve_config
-from fxmse.importance import Importance
-from fxmse.lifted import Lifted, bind_parameters, find_lifted
+from fxmse.observers.importance import Importance
 from fxmse.passes import FoldFakeQuant, InsertObservers
 from fxmse.passes.probe import Probe, find_importances, find_probes
-from fxmse.pipeline import observe_or_roll_back
 
 __all__ = ["Calibration"]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxmse.passes.base import make_container
+from fxmse.capture.attributes import make_container
 
 __all__ = ["Lifted", "bind_parameters", "find_lifted"]
 

@@ -9,15 +9,15 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from fxmse.counting import convert_counts, count, list_values
-from fxmse.errors import Range, cover_ranges
-from fxmse.global_scale import find_global_range
-from fxmse.importance import ImportanceObserver, check_importance_options
-from fxmse.observers import Observer
-from fxmse.optimum import find_optimum, find_optimum_of_counts
-from fxmse.power import AbsolutePower
-from fxmse.search import check_argument, measure_range
-from fxmse.states import State
+from fxmse.observers.base import Observer
+from fxmse.observers.counting import convert_counts, count, list_values
+from fxmse.observers.importance import ImportanceObserver, check_importance_options
+from fxmse.observers.states import State
+from fxmse.search.error_sums import Range, cover_ranges
+from fxmse.search.global_scale import find_global_range
+from fxmse.search.optimum import find_optimum, find_optimum_of_counts
+from fxmse.search.power import AbsolutePower
+from fxmse.search.shrinking import check_argument, measure_range
 
 __all__ = ["ExactMSEObserver", "ExactMSEOptions"]
 
@@ -63,12 +63,12 @@ class ExactMSEObserver(ImportanceObserver):
     """Finds the ranges of least error of all that the format can store (:class:`ExactMSEOptions`).
 
     Of a weight, that is the scale and zero point of each group, and for tensor_group the global scale; weights that
-    share one are searched together (:func:`fxmse.optimum.find_optimum`).
+    share one are searched together (:func:`fxmse.search.optimum.find_optimum`).
 
-    Of an activation it counts how often each value occurs in all data (:mod:`fxmse.counting`) and searches once, when
-    qparams are asked for: the result does not depend on how the data is cut into batches or over processes. bfloat16
-    and float16 values are counted exactly, float32 ones to 2 ** -10 of themselves. Each group has a table of counts, of
-    2 ** 16 or for float32 2 ** 18 entries.
+    Of an activation it counts how often each value occurs in all data (:mod:`fxmse.observers.counting`) and searches
+    once, when qparams are asked for: the result does not depend on how the data is cut into batches or over processes.
+    bfloat16 and float16 values are counted exactly, float32 ones to 2 ** -10 of themselves. Each group has a table of
+    counts, of 2 ** 16 or for float32 2 ** 18 entries.
 
     A "local" value's global scale follows from its largest magnitude.
     """

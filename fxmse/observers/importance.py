@@ -9,9 +9,9 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from fxmse.observers import MSEObserver, MSEOptions, Observer
-from fxmse.search import check_argument
-from fxmse.states import Stateful
+from fxmse.observers.base import MSEObserver, MSEOptions, Observer
+from fxmse.observers.states import Stateful
+from fxmse.search.shrinking import check_argument
 
 __all__ = [
     "IMatrixMSEObserver",

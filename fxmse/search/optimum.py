@@ -5,7 +5,7 @@ function of the scale: it falls and rises each time that large elements change t
 happens about each .5 / qmax of the scale, around a smooth trend. The search narrows that down: scales a third of an
 octave apart, some more around the best of these, then so many around the best again that each valley is met, and a
 last look at the best valley. At norm 2 any point of a valley tells how deep it is and where
-(:func:`fxmse.errors.sum_moments`), so that a scale or two in each are enough.
+(:func:`fxmse.search.error_sums.sum_moments`), so that a scale or two in each are enough.
 
 The depths of valleys differ by about 1 / sqrt(G). In small groups the best one may be as far from the trend's minimum,
 and also above the group's own range.
@@ -16,7 +16,7 @@ end: each group is searched twice, as if its range were the other way round, too
 Asymmetric formats have a second dimension, the place of their range within the group's. Only elements that are clamped
 depend on it: a few places are tried with each scale, and single steps of the zero point at the end.
 
-Shape suffixes as in :mod:`fxmse.errors`; J counts global scales, N different values.
+Shape suffixes as in :mod:`fxmse.search.error_sums`; J counts global scales, N different values.
 """
 
 import functools
@@ -28,8 +28,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxmse.compiling import pays_to_compile, run
-from fxmse.errors import (
+from fxmse.formats.grids import (
+    Format,
+    calculate_exact_scale,
+    calculate_range_of_scale,
+    list_stored_scales,
+    round_scale,
+)
+from fxmse.formats.layout import Layout
+from fxmse.search.compiling import pays_to_compile, run
+from fxmse.search.error_sums import (
     MAX_TABLE,
     Arithmetic,
     Range,
@@ -45,15 +53,7 @@ from fxmse.errors import (
     sum_moments,
     sum_powers,
 )
-from fxmse.layout import Layout
-from fxmse.numerics import (
-    Format,
-    calculate_exact_scale,
-    calculate_range_of_scale,
-    list_stored_scales,
-    round_scale,
-)
-from fxmse.power import AbsolutePower
+from fxmse.search.power import AbsolutePower
 
 __all__ = ["Problem", "Sample", "find_optimum", "find_optimum_of_counts", "sum_least_errors"]
 

@@ -10,10 +10,10 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxmse.capture import copy_graph_module, split_inputs
-from fxmse.observers import Observer
+from fxmse.capture.attributes import get_attribute
+from fxmse.capture.front_ends import copy_graph_module, split_inputs
+from fxmse.observers.base import Observer
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
-from fxmse.passes.base import get_attribute
 from fxmse.passes.fold_fake_quant import SITES_KEY
 
 __all__ = ["SiteReport", "describe_format", "report"]

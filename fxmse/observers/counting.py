@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxmse.compiling import attempt, pays_to_compile
-from fxmse.layout import Layout
+from fxmse.formats.layout import Layout
+from fxmse.search.compiling import attempt, pays_to_compile
 
 __all__ = ["convert_counts", "count", "count_non_finite", "count_patterns", "list_values"]
 

@@ -12,7 +12,7 @@ Three things save evaluations and change no result. Candidates whose scales are 
 have few values) have one error. Where reading a flag waits for no device, steps behind the end that patience sets are
 not taken. And of the groups that a global scale is searched for, the largest are enough where they decide it.
 
-Shape suffixes as in :mod:`fxmse.errors`, and K different scales, W words of a bit set.
+Shape suffixes as in :mod:`fxmse.search.error_sums`, and K different scales, W words of a bit set.
 """
 
 import functools
@@ -25,8 +25,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxmse.compiling import MIN_COMPILED, is_traced, pays_to_compile, reads_flags, run, unrolls
-from fxmse.errors import (
+from fxmse.formats.grids import (
+    Format,
+    calculate_exact_scale,
+    calculate_global_scale,
+    calculate_scale_and_zero_point,
+    count_stored_scales,
+    keep,
+    list_stored_scales,
+)
+from fxmse.formats.layout import Layout
+from fxmse.search.compiling import MIN_COMPILED, is_traced, pays_to_compile, reads_flags, run, unrolls
+from fxmse.search.error_sums import (
     MAX_TABLE,
     Arithmetic,
     Range,
@@ -42,17 +52,7 @@ from fxmse.errors import (
     measure_tiles,
     sum_powers,
 )
-from fxmse.layout import Layout
-from fxmse.numerics import (
-    Format,
-    calculate_exact_scale,
-    calculate_global_scale,
-    calculate_scale_and_zero_point,
-    count_stored_scales,
-    keep,
-    list_stored_scales,
-)
-from fxmse.power import AbsolutePower
+from fxmse.search.power import AbsolutePower
 
 __all__ = [
     "SearchOptions",

@@ -8,7 +8,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
-from fxmse.numerics import Format
+from fxmse.formats.grids import Format
 
 __all__ = ["MAX_ELEMENTS", "Layout"]
 

@@ -1,7 +1,7 @@
 """The errors of many scales at once: sums of |fake_quantize(x) - x| ** norm over the groups of a tile.
 
-Shape suffixes as in :mod:`fxmse.numerics`: O observations, Q qparams, C candidates, P parts of a group, G elements of a
-group or of such a part.
+Shape suffixes as in :mod:`fxmse.formats.grids`: O observations, Q qparams, C candidates, P parts of a group, G elements
+of a group or of such a part.
 """
 
 import functools
@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxmse.compiling import is_traced, run
-from fxmse.layout import MAX_ELEMENTS, Layout
-from fxmse.numerics import Format, Grid, keep
-from fxmse.power import AbsolutePower
+from fxmse.formats.grids import Format, Grid, keep
+from fxmse.formats.layout import MAX_ELEMENTS, Layout
+from fxmse.search.compiling import is_traced, run
+from fxmse.search.power import AbsolutePower
 
 __all__ = [
     "MAX_TABLE",

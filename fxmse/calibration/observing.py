@@ -1,0 +1,104 @@
+"""An observed graph looks at weights and batches, and goes back to what it knew before one that is refused."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
+
+from fxmse.capture.front_ends import split_inputs
+from fxmse.observers.base import describe_non_finite
+from fxmse.observers.importance import Importance
+from fxmse.ops import is_fake_quantize
+from fxmse.passes.probe import Probe, find_importances, find_probes
+
+__all__ = ["get_probes", "observe_batches", "observe_or_roll_back", "observe_weights"]
+
+
+def get_probes(observed: GraphModule) -> list[Probe]:
+    """The probes of a graph, each once; raises ValueError where it has none."""
+    probes = list(dict.fromkeys(probe for _, probe in find_probes(observed)))
+    if probes:
+        return probes
+    if any(is_fake_quantize(node) for node in observed.graph.nodes):
+        raise ValueError("the graph was folded already: it has fake-quantize nodes and no observers")
+    raise ValueError("the graph has no observers: make it with fxmse.prepare")
+
+
+def observe_weights(weights: Mapping[Probe, Tensor]) -> None:
+    """Shows probes their weights."""
+    probes = {probe.name: probe for probe in weights}
+    observe_or_roll_back(probes, "the weights", lambda: [probe(rows) for probe, rows in weights.items()])
+
+
+def observe_batches(observed: GraphModule, batches: Iterable[Any], compile: bool) -> int:
+    """Runs batches through an observed graph, whose weights are known; returns how many."""
+    watchers: dict[str, Probe | Importance] = {p.name: p for p in get_probes(observed) if not p.is_weight}
+    watchers |= {str(node.target): importance for node, importance in find_importances(observed)}
+    compiled = torch.compile(observed, fullgraph=True, dynamic=True) if compile else observed
+    count = 0
+    for count, batch in enumerate(batches, 1):
+        args, kwargs = split_inputs(batch)
+        if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves((args, kwargs))):
+            raise ValueError(f"batch {count} is empty: expected tensors of at least one element")
+        # The first batch gives the observers their states, and what a graph is compiled for changes no more.
+        run = compiled if count > 1 else observed
+        uncompiled = functools.partial(observed, *args, **kwargs)
+        observe_or_roll_back(watchers, f"batch {count}", functools.partial(run, *args, **kwargs), uncompiled)
+    return count
+
+
+def observe_or_roll_back(
+    watchers: Mapping[str, Probe | Importance],
+    what: str,
+    run: Callable[[], object],
+    uncompiled: Callable[[], object] | None = None,
+) -> None:
+    """Calls ``run``; whatever goes wrong, the states of ``watchers`` are as they were before."""
+    before = {name: watcher.state for name, watcher in watchers.items()}
+    try:
+        run()
+        _check_finite(watchers, before, what, uncompiled or run)
+    except BaseException:
+        _restore(watchers, before)
+        raise
+
+
+def _restore(watchers: Mapping[str, Probe | Importance], states: Mapping[str, Any]) -> None:
+    for name, watcher in watchers.items():
+        watcher.go_back(states[name])
+
+
+def _check_finite(
+    watchers: Mapping[str, Probe | Importance],
+    before: Mapping[str, Any],
+    what: str,
+    run: Callable[[], object],
+) -> None:
+    """Raises ValueError naming the sites that saw NaN or Inf, and how many; one synchronisation where all is well."""
+    tensors = [tensor.flatten() for watcher in watchers.values() for tensor in watcher.state.witnesses]
+    if not tensors or torch.cat(tensors).isfinite().all():
+        return
+    bad = {n: w for n, w in watchers.items() if not all(tensor.isfinite().all() for tensor in w.state.witnesses)}
+    # The values themselves are gone: look at them again while the same data runs once more.
+    found: dict[str, str] = {}
+    _restore(watchers, before)
+    hooks = [
+        watcher.register_forward_pre_hook(functools.partial(_note_non_finite, found, name))
+        for name, watcher in bad.items()
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sites = "; ".join(f"{name} {description}" for name, description in found.items())
+    raise ValueError(f"NaN or Inf in {what}: {sites}. The observers are as they were before {what}")
+
+
+def _note_non_finite(found: dict[str, str], name: str, watcher: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if not inputs[0].isfinite().all():
+        found.setdefault(name, describe_non_finite(inputs[0]))

@@ -1,0 +1,4 @@
+"""Ways in: what the command line and others read from files.
+
+- ``data``: calibration data.
+"""
