@@ -17,7 +17,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from tabulate import tabulate
 
 from fxmse.formats.layout import Layout
-from fxmse.observers.base import Observer
+from fxmse.observers import Observer
 from fxmse.observers.counting import count
 from fxmse.search.compiling import compilation
 

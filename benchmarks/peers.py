@@ -14,7 +14,7 @@ from search import measure_ms
 from torch import Tensor
 from torchao.quantization.pt2e import HistogramObserver  # type: ignore[import-untyped]
 
-from fxmse.observers.base import Observer
+from fxmse.observers import Observer
 
 
 class Peer(NamedTuple):

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import fxmse.search.shrinking as search_module
-from fxmse.observers.base import Observer
+from fxmse.observers import Observer
 from fxmse.search.compiling import compilation
 
 FP8 = torch.float8_e4m3fn

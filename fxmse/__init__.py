@@ -1,7 +1,8 @@
 """fxmse: post-training quantization of PyTorch graphs with MSE observers."""
 
 from fxmse.calibration.backend import Calibration
-from fxmse.outputs.checkpoint import load_qparams, save_pretrained
+from fxmse.inputs.qparams import load_qparams
+from fxmse.outputs.checkpoint import save_pretrained
 from fxmse.outputs.exporting import export
 from fxmse.outputs.reporting import report
 from fxmse.pipeline import calibrate, convert, prepare, quantize

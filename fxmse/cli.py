@@ -2,26 +2,24 @@
 
 import argparse
 import dataclasses
-import inspect
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch.export import ExportedProgram
 
-from fxmse.capture.front_ends import split_inputs
-from fxmse.inputs.data import read_batches
+from fxmse.inputs.data import check_batches, read_batches, take_inputs
+from fxmse.inputs.models import Source, load_source
+from fxmse.inputs.programs import load_program
 from fxmse.outputs.checkpoint import check_replaceable, save_pretrained
-from fxmse.outputs.exporting import export, load_program, save_program
+from fxmse.outputs.exporting import export, save_program
 from fxmse.outputs.reporting import describe_format, report
 from fxmse.pipeline import calibrate, convert, prepare
 
@@ -42,7 +40,6 @@ _COLUMNS = {
     "sqnr": "SQNR dB",
     "range_ratio": "range / min-max",
 }
-_TENSOR_FILES = (".safetensors", ".pt")
 _EXAMPLES = """examples:
   fxmse quantize model.pt2 --scheme W8A8 --data batches.safetensors --out quantized.pt2
   fxmse quantize ./llama --scheme W4A16 --ignore lm_head --data texts.jsonl --out ./llama-w4a16
@@ -116,38 +113,38 @@ def _positive(text: str) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    is_program = options.out.suffix == ".pt2"
-    _check_paths(options, is_program)
+    _check_paths(options)
     start = time.perf_counter()
-    model, program = _load_model(options.model)
-    batches = _read_data(options, model)
-    config = _read_scheme(options.scheme, options.ignore)
-    example = batches[0] if batches else _make_example(program, model)
-    use_cache = _set_use_cache(model, False)
-    observed = prepare(program if program is not None else model, config, example)
-    calibrate(observed, _check_batches(batches, program))
-    quantized = convert(observed)
-    sites = [_as_json(site) for site in report(quantized, (batches or [example])[:_REPORTED_BATCHES])]
-    _set_use_cache(model, use_cache)
+    source = load_source(options.model)
+    batches = _read_batches(options, source)
+    example = batches[0] if batches else source.make_example()
+    with source.without_cache():
+        observed = prepare(source.module, _make_config(options), example)
+        quantized = convert(calibrate(observed, batches))
+        sites = report(quantized, (batches or [example])[:_REPORTED_BATCHES])
     summary = {
         "model": str(options.model),
         "scheme": options.scheme,
         "out": str(options.out),
         "batches": len(batches),
         "seconds": round(time.perf_counter() - start, 3),
-        "sites": sites,
+        "sites": [_as_json(site) for site in sites],
     }
-    extra = {REPORT_FILE: json.dumps(summary, indent=1)}
-    if is_program:
-        save_program(export(quantized, example, decompose=options.decompose), options.out, extra)
+    extra_files = {REPORT_FILE: json.dumps(summary, indent=1)}
+    if _is_program(options.out):
+        save_program(export(quantized, example, decompose=options.decompose), options.out, extra_files)
     else:
-        assert model is not None
-        save_pretrained(quantized, model, options.out, extra_files=extra)
+        save_pretrained(quantized, source.model, options.out, extra_files=extra_files)
     _print(summary, options.json)
 
 
-def _check_paths(options: argparse.Namespace, is_program: bool) -> None:
+def _is_program(path: Path) -> bool:
+    return path.suffix == ".pt2"
+
+
+def _check_paths(options: argparse.Namespace) -> None:
     """Raises ValueError for what would fail only after the calibration."""
+    is_program = _is_program(options.out)
     if not is_program and options.model.suffix == ".pt2":
         raise ValueError(f"--out {options.out}: a checkpoint needs a Hugging Face folder as MODEL; give a .pt2")
     if options.decompose and not is_program:
@@ -163,103 +160,25 @@ def _check_paths(options: argparse.Namespace, is_program: bool) -> None:
         raise ValueError(f"--out {options.out}: {parent} is no folder that can be written")
 
 
-def _load_model(path: Path) -> tuple[Any, ExportedProgram | None]:
-    """The model of a folder, or the program of a .pt2."""
-    if path.suffix == ".pt2":
-        return None, load_program(path)[0]
-    if not (path / "config.json").is_file():
-        raise ValueError(f"MODEL {path}: expected a .pt2, or a folder with a config.json")
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    names = getattr(config, "architectures", None) or []
-    model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-    # Safetensors alone: a .bin is unpickled.
-    arguments = {"local_files_only": True, "use_safetensors": True}
-    return (model_class or transformers.AutoModel).from_pretrained(path, **arguments).eval(), None
-
-
-def _read_data(options: argparse.Namespace, model: nn.Module | None) -> list[Any]:
+def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
     if options.data is None:
         return []
-    if not options.data.exists():
-        raise ValueError(f"--data {options.data} does not exist")
-    folder = options.model if model is not None else None
     batches = read_batches(
-        options.data, batch_size=options.batch_size, max_length=options.max_length, model_folder=folder
+        options.data, batch_size=options.batch_size, max_length=options.max_length, model_folder=source.folder
     )
-    return [_take_known(batch, options.data, model) for batch in batches[: options.max_batches]]
+    batches = batches[: options.max_batches]
+    if source.model is not None:
+        batches = [take_inputs(batch, options.data, source.model) for batch in batches]
+    return check_batches(batches, source.program)
 
 
-def _take_known(batch: Any, data: Path, model: nn.Module | None) -> Any:
-    """A batch for a folder's model, without what its tokenizer makes for others.
-
-    Raises:
-        ValueError: inputs that the model does not have.
-    """
-    if model is None or not isinstance(batch, Mapping):
-        return batch
-    parameters = inspect.signature(model.forward).parameters
-    unknown = [name for name in batch if name not in parameters]
-    if unknown and data.suffix in _TENSOR_FILES:
-        raise ValueError(
-            f"--data {data} has {', '.join(unknown)}: {type(model).__name__} takes {', '.join(parameters)}"
-        )
-    return {name: tensor for name, tensor in batch.items() if name in parameters}
-
-
-def _read_scheme(scheme: str, ignore: list[str]) -> Any:
-    if not ignore:
-        return scheme
-    if scheme not in PRESET_SCHEMES:
+def _make_config(options: argparse.Namespace) -> Any:
+    """The scheme as ``fxmse.prepare`` takes it."""
+    if not options.ignore:
+        return options.scheme
+    if options.scheme not in PRESET_SCHEMES:
         raise ValueError("--ignore goes with a preset; a config file has an ignore list of its own")
-    return {"config_groups": {scheme: ["Linear"]}, "ignore": ignore}
-
-
-def _make_example(program: ExportedProgram | None, model: Any) -> Any:
-    """Inputs to trace with, where a scheme of weights alone needs no data."""
-    if program is None:
-        return dict(model.dummy_inputs)
-    if program.example_inputs is None:
-        raise ValueError("the .pt2 has no example inputs: pass --data")
-    args, kwargs = program.example_inputs
-    return kwargs or args
-
-
-def _set_use_cache(model: Any, use_cache: Any) -> Any:
-    """Switches off a language model's cache, which is no part of what is quantized; returns what it was."""
-    if model is None or not hasattr(model.config, "use_cache"):
-        return None
-    before, model.config.use_cache = model.config.use_cache, use_cache
-    return before
-
-
-def _check_batches(batches: list[Any], program: ExportedProgram | None) -> list[Any]:
-    """The batches; raises ValueError where one is of other inputs, dtypes or ranks than the first or the program."""
-    expected = None
-    if program is not None and program.example_inputs is not None:
-        expected = _describe_batch(program.example_inputs[1] or program.example_inputs[0])
-    for number, batch in enumerate(batches, 1):
-        found = _describe_batch(batch)
-        expected = expected or found
-        if found != expected:
-            raise ValueError(
-                f"batch {number} of the data has {_print_inputs(found)}: expected {_print_inputs(expected)}"
-            )
-    return batches
-
-
-def _describe_batch(batch: Any) -> dict[str, str]:
-    args, kwargs = split_inputs(batch)
-    inputs = {**{f"input {place}": value for place, value in enumerate(args)}, **kwargs}
-    return {
-        name: f"{value.dtype} of {value.dim()} dimensions" if isinstance(value, Tensor) else type(value).__name__
-        for name, value in sorted(inputs.items())
-    }
-
-
-def _print_inputs(inputs: dict[str, str]) -> str:
-    return ", ".join(f"{name} ({kind})" for name, kind in inputs.items())
+    return {"config_groups": {options.scheme: ["Linear"]}, "ignore": options.ignore}
 
 
 def _as_json(site: Any) -> dict[str, Any]:
@@ -269,7 +188,7 @@ def _as_json(site: Any) -> dict[str, Any]:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    if options.out.suffix == ".pt2":
+    if _is_program(options.out):
         content = load_program(options.out)[1].get(REPORT_FILE)
     else:
         file = options.out / REPORT_FILE

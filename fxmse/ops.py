@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxmse.formats.grids import Format, Grid, calculate_scale_and_zero_point
+from fxmse.formats.grids import Format, Grid
 from fxmse.formats.layout import Layout
-from fxmse.observers.base import MSEObserver
+from fxmse.formats.scales import calculate_scale_and_zero_point
 from fxmse.observers.counting import count, count_patterns
+from fxmse.observers.mse import MSEObserver
 
 __all__ = [
     "DECOMPOSITIONS",

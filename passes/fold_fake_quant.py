@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import make_container
+from fxmse.observers.base import QPARAMS
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE
 from fxmse.passes.base import GraphPass
 from fxmse.passes.probe import Probe, find_importances, find_probes, finish_weights
@@ -63,7 +64,7 @@ def _get_qparams(probe: Probe) -> dict[str, Tensor | None]:
     if probe.given is not None:
         return probe.given
     if probe.observer is None:
-        return dict.fromkeys(("scale", "zero_point", "global_scale"))
+        return dict.fromkeys(QPARAMS)
     try:
         qparams = probe.observer.get_qparams()
     except ValueError as error:

@@ -17,7 +17,8 @@ from torch import nn
 import fxmse
 from fxmse.cli import main
 from fxmse.inputs.data import read_batches
-from fxmse.outputs.exporting import load_program, save_program
+from fxmse.inputs.programs import load_program
+from fxmse.outputs.exporting import save_program
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

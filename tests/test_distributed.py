@@ -20,8 +20,7 @@ from processes import Processes
 
 import fxmse
 from fxmse.calibration.merging import share_out
-from fxmse.observers.base import Observer
-from fxmse.observers.exact import ExactMSEObserver
+from fxmse.observers import ExactMSEObserver, Observer
 
 ONE_BATCH = Products.make_batches(1)
 IMATRIX = make_config(weights={"num_bits": 4, "strategy": "group", "group_size": 8, "observer": "imatrix_mse"})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import find_least_errors
 
 import fxmse
-from fxmse.observers.base import Observer
+from fxmse.observers import Observer
 from fxmse.passes.probe import find_probes
 
 SCHEMES = {

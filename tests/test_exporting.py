@@ -11,8 +11,9 @@ from models import W8A8, Attention, make_config
 from torch import nn
 
 import fxmse
+from fxmse.inputs.programs import load_program
 from fxmse.ops import is_fake_quantize
-from fxmse.outputs.exporting import load_program, save_program
+from fxmse.outputs.exporting import save_program
 
 LOAD = """
 import sys, torch

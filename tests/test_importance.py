@@ -16,7 +16,7 @@ from printing import print_graph
 from torch import nn
 
 import fxmse
-from fxmse.observers.base import Observer
+from fxmse.observers import Observer
 from fxmse.observers.importance import Importance
 from fxmse.passes.probe import find_importances
 

@@ -8,16 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import list_values, round_to
 
-from fxmse.formats.grids import (
-    Format,
-    Grid,
+from fxmse.formats.grids import Format, Grid
+from fxmse.formats.scales import (
     calculate_exact_scale,
     calculate_global_scale,
     calculate_scale_and_zero_point,
-    count_stored_scales,
-    list_stored_scales,
     round_scale,
 )
+from fxmse.formats.stored_scales import count_stored_scales, list_stored_scales
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from oracle import global_scale_of, sum_errors
 from oracle import search as search_by_contract
 
 from fxmse.formats.layout import Layout
-from fxmse.observers.base import Observer
+from fxmse.observers import Observer
 from fxmse.observers.states import State
-from fxmse.search.error_sums import Range, cover_ranges
+from fxmse.search.tiles import Range, cover_ranges
 
 NAMES = ("memoryless_mse", "mse", "memoryless_minmax", "static_minmax", "minmax")
 TIE = 1e-6

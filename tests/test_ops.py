@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 
 from fxmse.formats.layout import Layout
-from fxmse.observers.base import Observer
+from fxmse.observers import Observer
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE, dynamic_fake_quantize, fake_quantize
 
 ALL_ARGS = {**WEIGHT_ARGS, "nvfp4": NVFP4}

@@ -13,12 +13,12 @@ from oracle import find_least_errors, sum_errors
 
 from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout
-from fxmse.observers.base import Observer
+from fxmse.observers import Observer
 from fxmse.search.compiling import compilation
-from fxmse.search.error_sums import Range
 from fxmse.search.global_scale import _ROUNDS, find_global_range
 from fxmse.search.optimum import find_optimum
 from fxmse.search.power import AbsolutePower
+from fxmse.search.tiles import Range
 
 KINDS = ("normal", "heavy", "skewed")
 

@@ -14,7 +14,7 @@ from printing import print_graph
 from torch import nn
 
 from fxmse.capture.front_ends import capture
-from fxmse.observers.base import Observer
+from fxmse.observers import Observer
 from fxmse.ops import FAKE_QUANTIZE
 from fxmse.passes import FoldFakeQuant, FunctionalizeModules, InsertObservers
 from fxmse.passes.base import GraphPass

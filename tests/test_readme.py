@@ -8,7 +8,7 @@ import torch
 from architectures import ARCHITECTURES
 
 from fxmse.config import resolve_config
-from fxmse.observers.base import Observer
+from fxmse.observers import Observer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

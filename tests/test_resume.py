@@ -12,7 +12,7 @@ from models import Products, make_config
 from processes import Processes
 
 import fxmse
-from fxmse.observers.base import MemorylessMSEObserver, Observer
+from fxmse.observers import MemorylessMSEObserver, Observer
 from fxmse.observers.states import State
 from fxmse.passes.probe import find_probes
 

@@ -17,19 +17,18 @@ from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
 import fxmse.search.compiling as compiling
-import fxmse.search.error_sums as errors
-import fxmse.search.shrinking as search_module
-from fxmse.formats.grids import (
-    Format,
-    calculate_exact_scale,
-    calculate_global_scale,
-    count_stored_scales,
-    list_stored_scales,
-)
+import fxmse.search.patience as patience
+import fxmse.search.shrinking as shrinking
+import fxmse.search.tiles as tiles
+from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout
-from fxmse.observers.base import Observer
+from fxmse.formats.scales import calculate_exact_scale, calculate_global_scale
+from fxmse.formats.stored_scales import count_stored_scales, list_stored_scales
+from fxmse.observers import Observer
 from fxmse.search.compiling import compilation
-from fxmse.search.shrinking import SearchOptions, measure_range, search, search_global_range
+from fxmse.search.options import SearchOptions
+from fxmse.search.shrinking import shrink_global_range, shrink_ranges
+from fxmse.search.tiles import measure_range
 
 # A tie: the contract leaves either candidate to be chosen.
 TIE = 1e-6
@@ -44,10 +43,10 @@ def assert_follows_contract(weight, args, options, global_scale=None, optimize_g
     layout = Layout.of(args, "weight")
     if optimize_global_scale:
         one_group = layout.as_one_group()
-        found = search(weight, Format.of(args), one_group, options, optimize_global_scale=True)
+        found = shrink_ranges(weight, Format.of(args), one_group, options, optimize_global_scale=True)
         groups = weight.reshape(1, -1)
     else:
-        found = search(weight, Format.of(args), layout, options, global_scale=global_scale)
+        found = shrink_ranges(weight, Format.of(args), layout, options, global_scale=global_scale)
         groups = as_groups(weight, layout)
     expected = search_by_contract(
         groups,
@@ -110,7 +109,7 @@ def test_global_scale_is_optimized_with_each_candidates_own(kind, options):
 def test_scales_of_a_candidate_are_rounded_as_they_are_stored():
     # Neighbouring candidates often have one e4m3 scale, and so one error: then the wider is kept.
     weight, layout = make_weight("normal", rows=64, columns=16), Layout.of(NVFP4, "weight")
-    found = search(weight, Format.of(NVFP4), layout, SearchOptions(), global_scale=torch.tensor([1.0]))
+    found = shrink_ranges(weight, Format.of(NVFP4), layout, SearchOptions(), global_scale=torch.tensor([1.0]))
     low, high = weight.double().amin(1), weight.double().amax(1)
     step = ((1 - found.max[:, 0] / high) * 100).round()
     scale, wider = (calculate_scale(low * p, high * p, NVFP4)[0] for p in (1 - step / 100, 1 - (step - 1) / 100))
@@ -140,7 +139,7 @@ def test_one_graph_per_scheme_over_shapes_batches_and_ranks():
 
     def search_weights(args, *shapes):
         for shape in shapes:
-            search(torch.randn(shape), Format.of(args), Layout.of(args, "weight"), SearchOptions())
+            shrink_ranges(torch.randn(shape), Format.of(args), Layout.of(args, "weight"), SearchOptions())
         return counters["stats"]["unique_graphs"]
 
     # All schemes share the graph of what improved, those of one group size that of their ranges, and have one each.
@@ -154,7 +153,7 @@ def test_one_graph_per_scheme_over_shapes_batches_and_ranks():
     # These are cut into parts of 1024, 128 and 64; bfloat16 of which two are not in a row is copied.
     for num_graphs, dtype in ((10, torch.float32), (14, torch.bfloat16)):
         for shape in ((8, 16, 64), (2, 31, 96), (128, 384), (3, 5, 7, 256), (64, 65, 2), (3, 700, 512)):
-            search(torch.randn(shape).to(dtype), Format.of(args), Layout.of(args, "input"), SearchOptions())
+            shrink_ranges(torch.randn(shape).to(dtype), Format.of(args), Layout.of(args, "input"), SearchOptions())
         assert counters["stats"]["unique_graphs"] == num_graphs
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]
@@ -167,7 +166,7 @@ def test_whoever_asks_for_a_search_gets_the_same_graph():
     value = torch.randn(3, 64, 96)
 
     def search_value(value):
-        return search(value, Format.of(args), Layout.of(args, "input"), options)
+        return shrink_ranges(value, Format.of(args), Layout.of(args, "input"), options)
 
     found = [search_value(value), search_value(torch.nn.Parameter(value)), search_value(value.expand(1, -1, -1, -1)[0])]
     found.append(torch.ops.fxmse.measure(value, None, observer._spec))
@@ -186,7 +185,7 @@ def test_many_schemes_stay_compiled():
     value = torch.randn(64, 128)
     for norm in range(12):
         options = SearchOptions(norm=1.5 + norm / 100)
-        search(value, Format.of(make_args()), Layout.of(make_args(), "weight"), options)
+        shrink_ranges(value, Format.of(make_args()), Layout.of(make_args(), "weight"), options)
     assert counters["stats"]["unique_graphs"] == 12
 
 
@@ -214,17 +213,17 @@ def test_a_machine_without_a_compiler_gets_one_warning_and_the_same_ranges(tmp_p
     subprocess.run(command, check=True, env=environment)
     args = make_args(3, strategy="channel")
     for weight, found in zip(weights, torch.load(tmp_path / "found.pt"), strict=True):
-        expected = search(weight, Format.of(args), Layout.of(args, "weight"), SearchOptions()).max
+        expected = shrink_ranges(weight, Format.of(args), Layout.of(args, "weight"), SearchOptions()).max
         assert (found == expected).float().mean() > 0.98  # the others tie
 
 
 @pytest.mark.parametrize("name", ["int8_asym_tensor", "int4_asym_g32", "fp8_block", "mxfp4"])
 def test_nothing_waits_for_the_device(name, monkeypatch):
     # A fake tensor has no data: whatever reads a value on the host raises.
-    monkeypatch.setattr(search_module, "MAX_TABLE", 1000)
+    monkeypatch.setattr(shrinking, "MAX_TABLE", 1000)
     args = WEIGHT_ARGS[name]
     with FakeTensorMode():
-        search(torch.empty(96, 96), Format.of(args), Layout.of(args, "weight"), SearchOptions())
+        shrink_ranges(torch.empty(96, 96), Format.of(args), Layout.of(args, "weight"), SearchOptions())
 
 
 @pytest.mark.parametrize(
@@ -239,9 +238,9 @@ def test_nothing_waits_for_the_device(name, monkeypatch):
 def test_no_temporary_of_the_datas_size(base_name, shape, args):
     value = torch.randn(shape)
     layout, format_ = Layout.of(args, base_name), Format.of(args)
-    search(value, format_, layout, SearchOptions())
+    shrink_ranges(value, format_, layout, SearchOptions())
     with torch.profiler.profile(profile_memory=True) as profile:
-        search(value, format_, layout, SearchOptions())
+        shrink_ranges(value, format_, layout, SearchOptions())
     largest = max(event.cpu_memory_usage for event in profile.events() if not event.cpu_children)
     assert 0 < largest < 0.3 * value.nbytes
 
@@ -264,7 +263,7 @@ def test_half_precision_is_never_worse_than_minmax(dtype, name, kind):
         stored = scale.to(dtype).double().clamp(min=torch.finfo(dtype).smallest_normal)
         return sum_errors(groups, stored, zero_point, args, options.norm)
 
-    best = measure_error(search(weight, Format.of(args), layout, options))
+    best = measure_error(shrink_ranges(weight, Format.of(args), layout, options))
     minmax = measure_error(measure_range(weight, layout))
     assert (best <= minmax * (1 + TIE)).all()
     if kind == "normal" and name in ("int8_channel", "int4_g32", "fp4_g16"):
@@ -277,12 +276,12 @@ def test_properties(seed, name, exponent):
     args, options = WEIGHT_ARGS[name], SearchOptions()
     layout, format_ = Layout.of(args, "weight"), Format.of(args)
     weight = make_weight("heavy", rows=16, columns=32, seed=seed)
-    found = search(weight, format_, layout, options)
+    found = shrink_ranges(weight, format_, layout, options)
     own = measure_range(weight, layout)
     assert (found.min >= own.min.clamp(max=0) - 1e-30).all() or (own.min > 0).any()
     assert (found.max.abs() <= own.max.abs()).all()
     # A power of two in x is a power of two in the range.
-    scaled = search(weight * 2.0**exponent, format_, layout, options)
+    scaled = shrink_ranges(weight * 2.0**exponent, format_, layout, options)
     assert torch.equal(scaled.max, found.max * 2.0**exponent)
     assert torch.equal(scaled.min, found.min * 2.0**exponent)
     # Never worse than min-max.
@@ -303,7 +302,7 @@ def test_of_two_scales_that_round_alike_the_wider_range_is_kept(num_rows):
     weight = torch.tensor(group) * torch.linspace(1, 2, num_rows)[:, None]
     args, options = make_args(4, "float", "group", group_size=16), SearchOptions(expand=1.8, grid=200.0, maxshrink=0.55)
     options = replace(options, patience=len(options.factors))
-    found = search(weight, Format.of(args), Layout.of(args, "weight"), options)
+    found = shrink_ranges(weight, Format.of(args), Layout.of(args, "weight"), options)
     torch.testing.assert_close(found.min[:, 0], weight.amin(1) * 1.8 * (1 - 2 / 200), rtol=1e-6, atol=0)
 
 
@@ -316,7 +315,7 @@ def test_of_two_scales_that_round_alike_the_wider_range_is_kept(num_rows):
 def test_first_steps_of_stored_scales_are_those_that_counting_finds(args, options):
     format_, layout = Format.of(args), Layout.of(args, "weight")
     num_scales = count_stored_scales(format_, options.factors[-1])
-    problem = search_module._Problem.of(format_, torch.float32, options, layout)
+    problem = shrinking.ShrinkProblem.of(format_, torch.float32, options, layout)
     problem = replace(problem, num_scales=num_scales, grid=options.grid)
     absmax = torch.cat([torch.logspace(-9, 4, 60_001, dtype=torch.float64).float(), torch.zeros(1)])
     # Magnitudes whose shrunk ranges lie on the bounds themselves, and next to them.
@@ -333,10 +332,10 @@ def test_first_steps_of_stored_scales_are_those_that_counting_finds(args, option
     counted[0] = 0
 
     def find(problem, low, high):
-        return search_module._find_first_steps(problem, low, high, len(factors), None)
+        return patience._find_first_steps(problem, low, high, len(factors), None)
 
     for is_compiled in (False, True):
-        assert torch.equal(search_module.run(is_compiled, find, problem, -absmax, absmax), counted)
+        assert torch.equal(shrinking.run(is_compiled, find, problem, -absmax, absmax), counted)
 
 
 def test_patience_counts_steps_over_all_groups():
@@ -349,8 +348,8 @@ def test_patience_counts_steps_over_all_groups():
     assert_follows_contract(both, args, options)
     assert_follows_contract(flat, args, options)
     # Alone, the second group's search ends early.
-    alone = search(falling, Format.of(args), Layout.of(args, "weight"), options)
-    together = search(both, Format.of(args), Layout.of(args, "weight"), options)
+    alone = shrink_ranges(falling, Format.of(args), Layout.of(args, "weight"), options)
+    together = shrink_ranges(both, Format.of(args), Layout.of(args, "weight"), options)
     assert alone.max.item() == 1.0
     assert together.max[1].item() < 0.6
 
@@ -362,24 +361,24 @@ def test_candidates_that_are_not_evaluated_change_nothing(args_name, patience, m
     layout, format_ = Layout.of(args, "weight"), Format.of(args)
     options = SearchOptions(maxshrink=0.5, patience=patience)
     evaluated = []
-    sum_errors = search_module._sum_errors
+    sum_errors = shrinking.sum_errors
 
     def note(problem, values, factors, *tensors):
         evaluated.append(len(factors))
         return sum_errors(problem, values, factors, *tensors)
 
-    monkeypatch.setattr(search_module, "_sum_errors", note)
-    monkeypatch.setattr(search_module, "MAX_TABLE", 400)  # 8 groups a tile
+    monkeypatch.setattr(shrinking, "sum_errors", note)
+    monkeypatch.setattr(shrinking, "MAX_TABLE", 400)  # 8 groups a tile
     with compilation("never"):
         for kind in DISTRIBUTIONS:
             weight = make_weight(kind)
             evaluated.clear()
-            found = search(weight, format_, layout, options)
+            found = shrink_ranges(weight, format_, layout, options)
             num_evaluated = list(evaluated)
             with monkeypatch.context() as patch:
-                patch.setattr(search_module, "reads_flags", lambda tensor: False)
+                patch.setattr(shrinking, "reads_flags", lambda tensor: False)
                 evaluated.clear()
-                expected = search(weight, format_, layout, options)
+                expected = shrink_ranges(weight, format_, layout, options)
             assert torch.equal(found.min, expected.min)
             assert torch.equal(found.max, expected.max)
             assert set(evaluated) == {50}
@@ -395,10 +394,10 @@ def test_an_improvement_in_a_later_tile_is_looked_for_in_earlier_ones(monkeypatc
     weight[0, 0] = 1.0
     weight[-1] = torch.linspace(-1, 1, 64).pow(9)
     layout, format_, options = Layout.of(args, "weight"), Format.of(args), SearchOptions(patience=3)
-    alone = search(weight[:1], format_, layout, options)
-    whole = search(weight, format_, layout, options)
-    monkeypatch.setattr(search_module, "MAX_TABLE", 160)  # 8 groups a tile
-    tiled = search(weight, format_, layout, options)
+    alone = shrink_ranges(weight[:1], format_, layout, options)
+    whole = shrink_ranges(weight, format_, layout, options)
+    monkeypatch.setattr(shrinking, "MAX_TABLE", 160)  # 8 groups a tile
+    tiled = shrink_ranges(weight, format_, layout, options)
     assert torch.equal(whole.max, tiled.max)
     assert alone.max.item() == 1.0
     assert whole.max[0].item() < 0.95
@@ -420,28 +419,28 @@ def test_global_range_of_the_largest_groups_is_that_of_all(kind, patience, monke
         weight = torch.ones(512, 256)
     layout, format_ = Layout.of(NVFP4, "weight"), Format.of(NVFP4)
     options = SearchOptions(patience=patience)
-    found = search_global_range(weight, format_, layout, options)
-    monkeypatch.setattr(search_module, "reads_flags", lambda tensor: False)
-    expected = search_global_range(weight, format_, layout, options)
+    found = shrink_global_range(weight, format_, layout, options)
+    monkeypatch.setattr(shrinking, "reads_flags", lambda tensor: False)
+    expected = shrink_global_range(weight, format_, layout, options)
     assert torch.equal(calculate_global_scale(*found), calculate_global_scale(*expected))
 
 
 def test_a_scheme_is_compiled_once_its_searches_took_as_long_as_compiling(monkeypatch):
     args = make_args(5, strategy="channel")
     compiled = []
-    run = search_module.run
+    run = shrinking.run
 
     def record(is_compiled, stage, *args):
-        if stage is not search_module._choose:  # among so few groups never
+        if stage is not shrinking.choose_candidates:  # among so few groups never
             compiled.append(is_compiled)
         return run(False, stage, *args)
 
-    monkeypatch.setattr(search_module, "run", record)
+    monkeypatch.setattr(shrinking, "run", record)
     monkeypatch.setattr(compiling, "_COMPILATION_WORK", 3 * 64 * 128 * 20)
 
     def is_compiled(rows, columns=128):
         compiled.clear()
-        search(torch.randn(rows, columns), Format.of(args), Layout.of(args, "weight"), SearchOptions(norm=2.1))
+        shrink_ranges(torch.randn(rows, columns), Format.of(args), Layout.of(args, "weight"), SearchOptions(norm=2.1))
         assert len(set(compiled)) == 1
         return compiled[0]
 
@@ -458,9 +457,9 @@ def test_a_value_that_is_cut_into_tiles_gives_the_same_ranges(monkeypatch):
     weight = make_weight("heavy", rows=64, columns=96)
     args = make_args(4, strategy="group", group_size=16)
     options = SearchOptions(patience=2)
-    whole = search(weight, Format.of(args), Layout.of(args, "weight"), options)
-    monkeypatch.setattr(search_module, "MAX_TABLE", 400)  # 20 groups a tile
-    cut = search(weight, Format.of(args), Layout.of(args, "weight"), options)
+    whole = shrink_ranges(weight, Format.of(args), Layout.of(args, "weight"), options)
+    monkeypatch.setattr(shrinking, "MAX_TABLE", 400)  # 20 groups a tile
+    cut = shrink_ranges(weight, Format.of(args), Layout.of(args, "weight"), options)
     assert torch.equal(whole.min, cut.min)
     assert torch.equal(whole.max, cut.max)
 
@@ -471,10 +470,10 @@ def test_one_row_is_weighted_as_one_of_many(args):
     row, importance = make_weight("heavy", rows=1, columns=4096), torch.rand(4096)
     layout, format_, options = Layout.of(args, "weight"), Format.of(args), SearchOptions(norm=3.0)
     alone, twice = (
-        search(value, format_, layout, options, importance=importance) for value in (row, row.expand(2, -1))
+        shrink_ranges(value, format_, layout, options, importance=importance) for value in (row, row.expand(2, -1))
     )
     assert torch.equal(alone.max, twice.max[:1])
-    assert not torch.equal(alone.max, search(row, format_, layout, options).max)
+    assert not torch.equal(alone.max, shrink_ranges(row, format_, layout, options).max)
 
 
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "group", "block"])
@@ -484,15 +483,16 @@ def test_bfloat16_read_in_pairs_is_searched_as_its_float32_copy(strategy, symmet
     args = make_args(4, strategy=strategy, symmetric=symmetric, scale_dtype=torch.float32, **sizes)
     layout, format_, options = Layout.of(args, "weight"), Format.of(args), SearchOptions()
     weight = make_weight("heavy", rows=96, columns=256).bfloat16()
-    assert search_module.holds_pairs(weight, layout)
-    found, expected = (search(value, format_, layout, options) for value in (weight, weight.float()))
+    assert shrinking.holds_pairs(weight, layout)
+    found, expected = (shrink_ranges(value, format_, layout, options) for value in (weight, weight.float()))
     assert torch.equal(found.min, expected.min)
     assert torch.equal(found.max, expected.max)
     # The first element is no even one of memory, or the rows are not beside each other.
     for apart in (weight.flatten()[1:-255].view(95, 256), weight[:, :128]):
-        assert not search_module.holds_pairs(apart, layout)
+        assert not shrinking.holds_pairs(apart, layout)
         assert torch.equal(
-            search(apart, format_, layout, options).max, search(apart.float(), format_, layout, options).max
+            shrink_ranges(apart, format_, layout, options).max,
+            shrink_ranges(apart.float(), format_, layout, options).max,
         )
 
 
@@ -501,17 +501,17 @@ def test_bfloat16_read_in_pairs_is_searched_as_its_float32_copy(strategy, symmet
 def test_errors_of_many_observations_add_up(args, dtype, monkeypatch):
     value = make_weight("heavy", rows=60, columns=64).reshape(4, 15, 64).to(dtype)
     layout, format_, options = Layout.of(args, "input"), Format.of(args), SearchOptions(maxshrink=0.6)
-    whole = search(value, format_, layout, options)
+    whole = shrink_ranges(value, format_, layout, options)
     assert (whole.max < measure_range(value, layout).max).any()
     num_parts = []
 
     def count_parts(*arguments):
-        num_parts.append(errors.count_parts(*arguments))
+        num_parts.append(tiles.count_parts(*arguments))
         return num_parts[-1]
 
-    monkeypatch.setattr(errors, "MAX_TABLE", 1000)
-    monkeypatch.setattr(search_module, "count_parts", count_parts)
-    cut = search(value, format_, layout, options)
+    monkeypatch.setattr(tiles, "MAX_TABLE", 1000)
+    monkeypatch.setattr(shrinking, "count_parts", count_parts)
+    cut = shrink_ranges(value, format_, layout, options)
     assert min(num_parts) > 1
     assert torch.equal(whole.min, cut.min)
     assert torch.equal(whole.max, cut.max)
@@ -523,10 +523,10 @@ def test_traces_into_a_graph_of_the_callers():
 
     @torch.compile(fullgraph=True)
     def double_and_search(x):
-        return search(x * 2, format_, layout, options)
+        return shrink_ranges(x * 2, format_, layout, options)
 
     x = torch.randn(8, 33, 64)
-    torch.testing.assert_close(double_and_search(x), search(x * 2, format_, layout, options))
+    torch.testing.assert_close(double_and_search(x), shrink_ranges(x * 2, format_, layout, options))
 
 
 @pytest.mark.parametrize(
@@ -560,6 +560,6 @@ def test_options_out_of_range_are_named(kwargs, named):
 
 
 def test_a_zero_value_keeps_its_range():
-    found = search(torch.zeros(4, 8), Format.of(MXFP4), Layout.of(make_args(), "weight"), SearchOptions())
+    found = shrink_ranges(torch.zeros(4, 8), Format.of(MXFP4), Layout.of(make_args(), "weight"), SearchOptions())
     assert found.min.item() == found.max.item() == 0
     assert calculate_global_scale(*found).item() == 1

@@ -12,13 +12,12 @@ from fxmse.calibration.observing import observe_or_roll_back
 from fxmse.capture.front_ends import copy_graph_module
 from fxmse.capture.lifted import Lifted, bind_parameters, find_lifted
 from fxmse.config import Config, NothingMatchedError, resolve_config
+from fxmse.observers.base import QPARAMS
 from fxmse.observers.importance import Importance
 from fxmse.passes import FoldFakeQuant, InsertObservers
 from fxmse.passes.probe import Probe, find_importances, find_probes
 
 __all__ = ["Calibration"]
-
-_QPARAMS = ("_scale", "_zero_point")
 
 
 class Calibration:
@@ -111,7 +110,7 @@ class Calibration:
             name: buffer
             for graph in self._graphs
             for name, buffer in graph.quantized.named_buffers()
-            if name.endswith(_QPARAMS)
+            if name.endswith(tuple(f"_{kind}" for kind in QPARAMS))
         }
 
     def _bind_parameters(

@@ -1,5 +1,8 @@
 """What a format stores, and which elements of a value share a scale.
 
-- ``grids``: the values of int2 to int16, fp8, fp6 and fp4, and the scales that put a range on them.
+- ``tables``: small tables that a compiled graph looks things up in.
+- ``grids``: the values of int2 to int16, fp8, fp6 and fp4.
+- ``scales``: the scale and zero point that put a range on a grid, and the way back.
+- ``stored_scales``: the few scales of NVFP4 and MX.
 - ``layout``: strategies (tensor, channel, group, block, ...): a value becomes tiles of groups.
 """

@@ -1,4 +1,7 @@
-"""Ways in: what the command line and others read from files.
+"""Ways in: models, data and qparams from files.
 
-- ``data``: calibration data.
+- ``programs``: .pt2 files, which hold no code.
+- ``models``: Hugging Face folders and .pt2 files.
+- ``data``: calibration data: tensors, texts, images.
+- ``qparams``: the qparams of a compressed-tensors checkpoint.
 """

@@ -1,5 +1,6 @@
 """Calibration data from files: batches of tensors, texts, images."""
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,13 +9,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["read_batches"]
+from fxmse.capture.front_ends import split_inputs
+
+__all__ = ["check_batches", "read_batches", "take_inputs"]
 
 Batch = Any
 
+_TENSORS = (".safetensors", ".pt")
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -32,11 +37,13 @@ def read_batches(path: Path, *, batch_size: int, max_length: int, model_folder: 
     Raises:
         ValueError: a file that cannot be read as that, or holds nothing.
     """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
     if path.is_dir():
         batches = list(_read_images(path, batch_size, model_folder))
     elif path.suffix in (".txt", ".jsonl"):
         batches = list(_read_texts(path, batch_size, max_length, model_folder))
-    elif path.suffix in (".safetensors", ".pt"):
+    elif path.suffix in _TENSORS:
         batches = list(_read_tensors(path, batch_size))
     else:
         raise ValueError(f"{path}: expected a .safetensors, .pt, .txt or .jsonl file, or a folder of images")
@@ -122,3 +129,50 @@ def _read_images(folder: Path, batch_size: int, model_folder: Path | None) -> It
     for start in range(0, len(files), batch_size):
         images = [Image.open(file).convert("RGB") for file in files[start : start + batch_size]]
         yield dict(processor(images, return_tensors="pt"))
+
+
+def take_inputs(batch: Batch, path: Path, model: nn.Module) -> Batch:
+    """A batch without what a tokenizer makes for other models.
+
+    Raises:
+        ValueError: inputs that the model does not have, in a file of tensors.
+    """
+    if not isinstance(batch, Mapping):
+        return batch
+    parameters = inspect.signature(model.forward).parameters
+    unknown = [name for name in batch if name not in parameters]
+    if unknown and path.suffix in _TENSORS:
+        raise ValueError(f"{path} has {', '.join(unknown)}: {type(model).__name__} takes {', '.join(parameters)}")
+    return {name: tensor for name, tensor in batch.items() if name in parameters}
+
+
+def check_batches(batches: list[Batch], program: ExportedProgram | None = None) -> list[Batch]:
+    """The batches as they are.
+
+    Raises:
+        ValueError: one has other inputs, dtypes or ranks than the first, or than the program's example.
+    """
+    expected = None
+    if program is not None and program.example_inputs is not None:
+        expected = _describe_batch(program.example_inputs[1] or program.example_inputs[0])
+    for number, batch in enumerate(batches, 1):
+        found = _describe_batch(batch)
+        expected = expected or found
+        if found != expected:
+            raise ValueError(
+                f"batch {number} of the data has {_print_inputs(found)}: expected {_print_inputs(expected)}"
+            )
+    return batches
+
+
+def _describe_batch(batch: Any) -> dict[str, str]:
+    args, kwargs = split_inputs(batch)
+    inputs = {**{f"input {place}": value for place, value in enumerate(args)}, **kwargs}
+    return {
+        name: f"{value.dtype} of {value.dim()} dimensions" if isinstance(value, Tensor) else type(value).__name__
+        for name, value in sorted(inputs.items())
+    }
+
+
+def _print_inputs(inputs: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in inputs.items())

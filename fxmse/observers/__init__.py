@@ -2,12 +2,54 @@
 
 - ``counting``: how often which value was seen.
 - ``states``: what observers keep: named tensors, saved and loaded.
-- ``base``: the contract, init, update, merge and finish; min-max and MSE observers.
-- ``importance``: observers that weigh errors by the activations that meet them.
-- ``exact``: the observer that finds the optimum.
+- ``base``: the contract: init, update, merge, finish, qparams.
+- ``averages``: moving averages of ranges.
+- ``min_max``: ``memoryless_minmax``, ``static_minmax``, ``minmax``.
+- ``mse``: ``memoryless_mse``, ``mse``, ``nvfp4_expanded_mse``.
+- ``importance``: how much the errors of a weight's channels count.
+- ``imatrix``: ``imatrix_mse``, ``nvfp4_expanded_imatrix``.
+- ``exact``: ``exact_mse``, which finds the optimum.
+
+Importing this package has all of them registered.
 """
 
 from fxmse.observers.base import Observer
 from fxmse.observers.exact import ExactMSEObserver, ExactMSEOptions
+from fxmse.observers.imatrix import (
+    ExpandedImportanceMSEOptions,
+    IMatrixMSEObserver,
+    ImportanceMSEOptions,
+    NVFP4ExpandedIMatrixObserver,
+)
+from fxmse.observers.min_max import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserver
+from fxmse.observers.mse import (
+    ExpandedMSEOptions,
+    FourOverSixObserver,
+    MemorylessMSEObserver,
+    MovingAverageMSEObserver,
+    MovingAverageMSEOptions,
+    MSEObserver,
+    MSEOptions,
+    NVFP4ExpandedMSEObserver,
+)
 
-__all__ = ["ExactMSEObserver", "ExactMSEOptions", "Observer"]
+__all__ = [
+    "ExactMSEObserver",
+    "ExactMSEOptions",
+    "ExpandedImportanceMSEOptions",
+    "ExpandedMSEOptions",
+    "FourOverSixObserver",
+    "IMatrixMSEObserver",
+    "ImportanceMSEOptions",
+    "MSEObserver",
+    "MSEOptions",
+    "MemorylessMSEObserver",
+    "MemorylessMinMaxObserver",
+    "MinMaxObserver",
+    "MovingAverageMSEObserver",
+    "MovingAverageMSEOptions",
+    "NVFP4ExpandedIMatrixObserver",
+    "NVFP4ExpandedMSEObserver",
+    "Observer",
+    "StaticMinMaxObserver",
+]

@@ -5,11 +5,8 @@ An observer is one state machine: ``init`` gives the state before the first valu
 functions of states, which are tensors (:class:`fxmse.observers.states.State`).
 """
 
-import functools
-import json
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -18,84 +15,22 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from compressed_tensors.registry import RegistryMixin
 from torch import Tensor
 
-from fxmse.formats.grids import Format, calculate_global_scale, round_scale
+from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout
+from fxmse.formats.scales import calculate_global_scale, round_scale
 from fxmse.observers.states import State, Stateful
-from fxmse.search.error_sums import Range, cover_ranges
-from fxmse.search.shrinking import SearchOptions, check_argument, measure_range, search, search_global_range
+from fxmse.search.tiles import Range, cover_ranges, measure_range
 
-__all__ = [
-    "ExpandedMSEOptions",
-    "FourOverSixObserver",
-    "MSEObserver",
-    "MSEOptions",
-    "MemorylessMSEObserver",
-    "MemorylessMinMaxObserver",
-    "MinMaxObserver",
-    "MovingAverageMSEObserver",
-    "NVFP4ExpandedMSEObserver",
-    "Observer",
-    "StaticMinMaxObserver",
-    "describe_non_finite",
-]
+__all__ = ["QPARAMS", "NoOptions", "Observer", "describe_non_finite"]
+
+
+QPARAMS = ("scale", "zero_point", "global_scale")
+"""What :meth:`Observer.get_qparams` gives. A buffer is called so, behind its site's name: ``fc.weight_scale``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
     """An observer without arguments."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AverageOptions:
-    """Arguments of a moving average.
-
-    Attributes:
-        averaging_constant: weight of the new batch; in (0, 1].
-    """
-
-    averaging_constant: float = 0.01
-
-    def __post_init__(self) -> None:
-        """Raises ValueError where the constant is out of range."""
-        check_argument("averaging_constant", self.averaging_constant, "a number in (0, 1]", lambda v: 0 < v <= 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MSEOptions(SearchOptions):
-    """Arguments of an MSE search.
-
-    Attributes:
-        global_scale: used in every candidate; a number or a tensor of one element, above 0. Where none is given,
-            tensor_group searches one.
-        optimize_global_scale: search the global scale even though one is given, as llm-compressor 0.9 does: as that
-            of the one range for all of the value that has the least error.
-        triton_error_buffer: has no effect; llm-compressor's configs have it for its CUDA kernel.
-    """
-
-    global_scale: float | Tensor | None = None
-    optimize_global_scale: bool = False
-    triton_error_buffer: float | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError naming the argument that is out of range."""
-        super().__post_init__()
-        if not isinstance(self.optimize_global_scale, bool):
-            raise ValueError(f"optimize_global_scale={self.optimize_global_scale!r}: expected True or False")
-        if self.global_scale is None:
-            return
-        global_scale = torch.as_tensor(self.global_scale, dtype=torch.float32)
-        if global_scale.numel() != 1 or not (0 < global_scale.item() < float("inf")):
-            raise ValueError(f"global_scale={self.global_scale!r}: expected one finite number above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MovingAverageMSEOptions(MSEOptions, AverageOptions):
-    """Arguments of an MSE search whose results are averaged."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError naming the argument that is out of range."""
-        MSEOptions.__post_init__(self)
-        AverageOptions.__post_init__(self)
 
 
 class Observer(Stateful[State], RegistryMixin):
@@ -315,169 +250,3 @@ def describe_non_finite(value: Tensor) -> str:
     """How many elements of ``value`` are NaN or Inf, in words."""
     nans, infs = value.isnan().sum().item(), value.isinf().sum().item()
     return f"has {nans} NaN and {infs} Inf among {value.numel()} elements of shape {tuple(value.shape)}"
-
-
-@Observer.register("memoryless_minmax")
-class MemorylessMinMaxObserver(Observer):
-    """Keeps the smallest and largest element of the last value."""
-
-
-@Observer.register("static_minmax")
-class StaticMinMaxObserver(Observer):
-    """Keeps the smallest and largest element of all values."""
-
-    def accumulate(self, old: Range | None, new: Range) -> Range:
-        """The range that covers both."""
-        if old is None:
-            return new
-        return cover_ranges([old, new])
-
-
-def _average(old: Range, new: Range, constant: float | Tensor) -> Range:
-    """Old * (1 - constant) + new * constant."""
-    return Range(*(torch.lerp(a, b, constant) for a, b in zip(old, new, strict=True)))
-
-
-class _AveragingObserver(Observer):
-    """Keeps a moving average of each value's range.
-
-    That of two halves of the data is the average of theirs, each weighed by how many values it is of. A moving average
-    depends on the order of the values, so that this is near the one of all of them, not equal to it.
-    """
-
-    def _update_met(self, state: State, value: Tensor) -> State:
-        num_values = torch.ones((), dtype=torch.int64, device=value.device)
-        if state.num_values is not None:
-            num_values = num_values + state.num_values
-        return super()._update_met(state, value)._replace(num_values=num_values)
-
-    def accumulate(self, old: Range | None, new: Range) -> Range:
-        """The moving average; the first range as it is."""
-        constant = self.options.averaging_constant
-        return new if old is None or constant == 1 else _average(old, new, constant)
-
-    def _merge_seen(self, state: State, other: State) -> State:
-        assert state.num_values is not None
-        assert other.num_values is not None
-        num_values = state.num_values + other.num_values
-        part = (other.num_values / num_values).float()
-        if state.range is not None and other.range is not None:
-            state = state.with_range(_average(state.range, other.range, part))
-        if state.global_range is not None and other.global_range is not None:
-            state = state.with_global_range(_average(state.global_range, other.global_range, part))
-        return state._replace(num_values=num_values)
-
-
-@Observer.register("minmax")
-class MinMaxObserver(_AveragingObserver):
-    """Keeps a moving average of each value's smallest and largest element (:class:`AverageOptions`)."""
-
-    options_class = AverageOptions
-
-
-class MSEObserver(Observer):
-    """Searches the range whose quantization error is least (:class:`MSEOptions`).
-
-    For tensor_group the global scale comes first, from the groups' best ranges with scales that are stored exactly;
-    then each group's range with that global scale in every candidate, its scale rounded as it will be stored. The
-    second step looks at all candidates, so that it is never worse than the first step's ranges stored so.
-
-    In a graph that torch.compile makes the search is one node, ``fxmse::measure``, and so compiled once for all sites
-    and not once for each.
-    """
-
-    options_class = MSEOptions
-    global_scale: Tensor | None
-
-    def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
-        super().__init__(base_name, args, **observer_kwargs)
-        if self.options.optimize_global_scale and self.layout.strategy != "tensor_group":
-            raise ValueError(
-                f"optimize_global_scale=True with strategy={self.layout.strategy}: only tensor_group has a global "
-                "scale to search; leave it out, or use strategy=tensor_group"
-            )
-        given = self.options.global_scale
-        is_given = given is not None and not self.options.optimize_global_scale
-        global_scale = torch.as_tensor(given, dtype=torch.float32).reshape(1) if is_given else None
-        self.register_buffer("global_scale", global_scale, persistent=False)
-        self._spec = self._describe()
-
-    def _describe(self) -> str:
-        """JSON of all that a search depends on, for the op that a graph has in its place."""
-        options = {field.name: getattr(self.options, field.name) for field in fields(MSEOptions) if field.init}
-        options["global_scale"] = None if self.global_scale is None else self.global_scale.item()
-        args = self.args.model_copy(update={"observer_kwargs": {}}).model_dump(mode="json")
-        return json.dumps({"base_name": self.base_name, "args": args, "options": options})
-
-    @staticmethod
-    @functools.cache
-    def of_spec(spec: str) -> "MSEObserver":
-        """An observer that measures as the one described by ``spec``; it keeps nothing."""
-        described = json.loads(spec)
-        args = QuantizationArgs.model_validate(described["args"])
-        return MSEObserver(described["base_name"], args, **described["options"])
-
-    def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
-        """The best range of each of the value's groups."""
-        if torch.compiler.is_compiling() and not self.needs_importance:
-            return Range(*torch.ops.fxmse.measure(value, global_scale, self._spec))
-        options = self.options
-        if self.global_scale is None and global_scale is not None and not options.optimize_global_scale:
-            options = replace(options, patience=len(options.factors))
-        importance = self.find_importance(value)
-        return search(value, self.format, self.layout, options, global_scale=global_scale, importance=importance)
-
-    def measure_global(self, value: Tensor) -> Range:
-        """The range that the value's global scale follows from."""
-        if torch.compiler.is_compiling() and not self.needs_importance:
-            return Range(*torch.ops.fxmse.measure_global(value, self._spec))
-        if self.options.optimize_global_scale:
-            layout = self.layout.as_one_group()
-            return search(value, self.format, layout, self.options, optimize_global_scale=True)
-        importance = self.find_importance(value)
-        return search_global_range(value, self.format, self.layout, self.options, importance=importance)
-
-    def update_global(self, state: State, value: Tensor) -> State:
-        """As :meth:`Observer.update_global`, but a global scale that was given needs none."""
-        return state if self.global_scale is not None else super().update_global(state, value)
-
-    def _global_scale_of(self, state: State) -> Tensor | None:
-        return self.global_scale if self.global_scale is not None else super()._global_scale_of(state)
-
-
-@Observer.register("memoryless_mse")
-class MemorylessMSEObserver(MSEObserver):
-    """Keeps the search's result for the last value."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpandedMSEOptions(MSEOptions):
-    """Arguments of an MSE search from 1.8 times down to .8 times the value's range."""
-
-    maxshrink: float = 1 - 0.8 / 1.8
-    grid: float = 200.0
-    patience: int = 1000
-    expand: float = 1.8
-
-
-@Observer.register("nvfp4_expanded_mse")
-class NVFP4ExpandedMSEObserver(MemorylessMSEObserver):
-    """``memoryless_mse`` over the ranges that serve NVFP4 best (:class:`ExpandedMSEOptions`)."""
-
-    options_class = ExpandedMSEOptions
-
-
-@Observer.register("fouroversix")
-class FourOverSixObserver(NVFP4ExpandedMSEObserver):
-    """Another name of ``nvfp4_expanded_mse``, as llm-compressor 0.14 has it."""
-
-    def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
-        warnings.warn("observer='fouroversix' is a name of 'nvfp4_expanded_mse': use that", UserWarning, stacklevel=3)
-        super().__init__(base_name, args, **observer_kwargs)
-
-
-@Observer.register("mse")
-class MovingAverageMSEObserver(_AveragingObserver, MSEObserver):
-    """Keeps a moving average of each value's best range (:class:`MovingAverageMSEOptions`)."""
-
-    options_class = MovingAverageMSEOptions

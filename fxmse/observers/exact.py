@@ -13,11 +13,12 @@ from fxmse.observers.base import Observer
 from fxmse.observers.counting import convert_counts, count, list_values
 from fxmse.observers.importance import ImportanceObserver, check_importance_options
 from fxmse.observers.states import State
-from fxmse.search.error_sums import Range, cover_ranges
+from fxmse.search.counted_optimum import find_optimum_of_counts
 from fxmse.search.global_scale import find_global_range
-from fxmse.search.optimum import find_optimum, find_optimum_of_counts
+from fxmse.search.optimum import find_optimum
+from fxmse.search.options import check_argument
 from fxmse.search.power import AbsolutePower
-from fxmse.search.shrinking import check_argument, measure_range
+from fxmse.search.tiles import Range, cover_ranges, measure_range
 
 __all__ = ["ExactMSEObserver", "ExactMSEOptions"]
 

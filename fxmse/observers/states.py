@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fxmse.observers.counting import count_non_finite
-from fxmse.search.error_sums import Range
+from fxmse.search.tiles import Range
 
 __all__ = ["State", "Stateful"]
 

@@ -1,36 +1,30 @@
-"""compressed-tensors checkpoints, as transformers and vLLM load them: writing one, and reading qparams back."""
+"""compressed-tensors checkpoints, as transformers and vLLM load them."""
 
 import copy
 import json
 import os
-import re
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from compressed_tensors.utils import match_named_modules
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import get_attribute
 from fxmse.config import CONFIG_KEY
+from fxmse.observers.base import QPARAMS
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
 from fxmse.outputs.files import replace_folder
 from fxmse.passes.fold_fake_quant import SITES_KEY
-from fxmse.passes.probe import Probe, find_probes, find_weights
 
-__all__ = ["check_replaceable", "load_qparams", "save_pretrained"]
+__all__ = ["check_replaceable", "save_pretrained"]
 
-_KINDS = ("scale", "zero_point", "global_scale")
-_QPARAM_SUFFIXES = tuple(f"_{kind}" for kind in _KINDS)
-_SITE = re.compile(r"((?:.*\.)?(?:weight|input|output|q|k|v))(?:_global)?_scale")
 # What belongs to a tokenizer or processor, in the folder that a model was loaded from.
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -128,7 +122,7 @@ def _read_sites(quantized: GraphModule) -> dict[str, dict[str, Tensor | None]]:
         inputs = [None, None, node.args[1]] if node.target is DYNAMIC_FAKE_QUANTIZE else node.args[1:4]
         qparams = {
             kind: get_attribute(quantized, str(source.target)) if isinstance(source, Node) else None
-            for kind, source in zip(_KINDS, inputs, strict=True)
+            for kind, source in zip(QPARAMS, inputs, strict=True)
         }
         sites.update(dict.fromkeys(node.meta.get(SITES_KEY, ()), qparams))
     return sites
@@ -159,7 +153,7 @@ def _set_qparams(model: nn.Module, sites: Mapping[str, Mapping[str, Tensor | Non
     for site, qparams in sites.items():
         path, _, role = site.rpartition(".")
         module = model.get_submodule(path)
-        found = {kind: getattr(module, f"{role}_{kind}", None) for kind in _KINDS}
+        found = {kind: getattr(module, f"{role}_{kind}", None) for kind in QPARAMS}
         if not hasattr(module, "quantization_scheme") or any(
             value is not None and found[kind] is None for kind, value in qparams.items()
         ):
@@ -201,127 +195,3 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-
-
-@torch.no_grad()
-def load_qparams(observed: GraphModule, path: str | os.PathLike[str]) -> GraphModule:
-    """Takes the qparams of a compressed-tensors checkpoint in place of a calibration.
-
-    So a checkpoint is a plain PyTorch graph: ``prepare`` the float model with the checkpoint's config.json, load, and
-    ``convert``.
-
-    Args:
-        observed: a graph from ``fxmse.prepare``, observers on the values that the checkpoint quantizes; its observers
-            are not asked any more.
-        path: the checkpoint's folder.
-
-    Returns:
-        ``observed``.
-
-    Raises:
-        ValueError: a file that is no checkpoint or cut off; sites whose qparams it does not have or has in another
-            shape, and qparams it has for values that are not observed (all are named); readers of one value whose
-            qparams differ. The graph is as it was.
-    """
-    tensors = dict(_read_tensors(Path(path)))
-    probes = list(dict.fromkeys(probe for _, probe in find_probes(observed)))
-    if not probes:
-        raise ValueError("the graph has no observers: make it with fxmse.prepare")
-    qparams = _decompress(tensors, _list_schemes(probes))
-    weights = find_weights(observed)
-    problems, given = [], {}
-    for probe in probes:
-        try:
-            given[probe] = _pick(probe, qparams)
-            _check_shape(probe, given[probe]["scale"], weights.get(probe))
-        except ValueError as error:
-            problems.append(str(error))
-    wanted = {site.name for probe in probes for site in probe.sites}
-    unused = sorted({match[1] for match in map(_SITE.fullmatch, qparams) if match} - wanted)
-    if unused:
-        problems.append(f"the checkpoint quantizes {', '.join(unused)}, which the graph does not observe")
-    if problems:
-        raise ValueError(f"{path} does not fit the graph: {'; '.join(problems)}")
-    for probe, found in given.items():
-        probe.given = found
-    return observed
-
-
-def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a checkpoint, of one file or several."""
-    files = [folder / "model.safetensors"]
-    try:
-        if (index := folder / "model.safetensors.index.json").exists():
-            names = json.loads(index.read_text())["weight_map"].values()
-            files = [folder / name for name in sorted(set(names))]
-        for file in files:
-            yield from load_file(file).items()
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} cannot be read as a checkpoint of safetensors: {error}") from None
-
-
-def _list_schemes(probes: list[Probe]) -> dict[str, QuantizationScheme]:
-    """The scheme of each module that has a quantized weight, as its sites say."""
-    roles: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    for probe in probes:
-        for site in probe.sites:
-            roles[site.module][site.role] = site.args
-    return {
-        module: QuantizationScheme(targets=[module], weights=args["weight"], input_activations=args.get("input"))
-        for module, args in roles.items()
-        if "weight" in args
-    }
-
-
-def _decompress(tensors: dict[str, Tensor], schemes: Mapping[str, QuantizationScheme]) -> dict[str, Tensor]:
-    """The qparams by their names, as they were before compressed-tensors packed them."""
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.compressors.format import infer_module_format
-
-    modules: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        module, _, key = name.rpartition(".")
-        modules[module][key] = tensor
-    qparams = {}
-    for module, state in modules.items():
-        scheme = schemes.get(module)
-        if scheme and "weight_scale" in state:
-            compressor = BaseCompressor.get_value_from_registry(infer_module_format(nn.Linear, scheme).value)
-            try:
-                state = compressor.decompress(state, scheme)
-            except (KeyError, RuntimeError, ValueError, AttributeError) as error:
-                raise ValueError(f"{module}: its weight cannot be decompressed as {scheme.weights}: {error}") from None
-        qparams.update({f"{module}.{key}": value for key, value in state.items() if key.endswith(_QPARAM_SUFFIXES)})
-    return qparams
-
-
-def _pick(probe: Probe, qparams: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """A probe's qparams; those of its sites have to be equal."""
-    args = probe.sites[0].args
-    kinds = {
-        "scale": not args.dynamic,
-        "zero_point": not args.dynamic and not args.symmetric,
-        "global_scale": args.strategy == "tensor_group" and args.dynamic is not True,
-    }
-    found: dict[str, Tensor | None] = dict.fromkeys(_KINDS)
-    for kind in (kind for kind, is_wanted in kinds.items() if is_wanted):
-        names = [f"{site.name}_{kind}" for site in probe.sites]
-        missing = [name for name in names if name not in qparams]
-        if missing:
-            raise ValueError(f"there is no {', '.join(missing)}")
-        values = [qparams[name] for name in names]
-        if not all(torch.equal(values[0], value) for value in values[1:]):
-            raise ValueError(f"{', '.join(names)} differ, but are of one value")
-        found[kind] = values[0]
-    return found
-
-
-def _check_shape(probe: Probe, scale: Tensor | None, rows: Tensor | None) -> None:
-    """Raises ValueError where a weight's scales are of another shape than its own would be."""
-    if scale is None or rows is None or probe.observer is None:
-        return
-    expected = probe.observer.layout.qparam_shape(rows.shape)
-    if scale.shape != torch.Size(expected):
-        raise ValueError(
-            f"{probe.name}_scale has shape {tuple(scale.shape)}, the graph's weight needs {tuple(expected)}"
-        )

@@ -12,14 +12,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule
 
+from fxmse import passes
 from fxmse.capture.lifted import bind_parameters, find_lifted
 from fxmse.config import Config, NothingMatchedError, resolve_config
+from fxmse.observers.base import QPARAMS
 from fxmse.passes import FoldFakeQuant, InsertObservers
 from fxmse.passes.probe import find_probes
 
 __all__ = ["FakeQuantizePass"]
-
-_KINDS = ("scale", "zero_point", "global_scale")
 
 
 class FakeQuantizePass(CustomGraphPass):
@@ -78,7 +78,7 @@ class FakeQuantizePass(CustomGraphPass):
         missing = []
         for probe in dict.fromkeys(probe for _, probe in find_probes(graph_module)):
             name = probe.sites[0].name
-            probe.given = {kind: self._qparams.get(f"{name}_{kind}") for kind in _KINDS}
+            probe.given = {kind: self._qparams.get(f"{name}_{kind}") for kind in QPARAMS}
             if not probe.sites[0].is_dynamic and not any(tensor is not None for tensor in probe.given.values()):
                 missing.append(name)
         if missing:
@@ -93,8 +93,10 @@ class FakeQuantizePass(CustomGraphPass):
         hashed = hashlib.sha256(json.dumps(self._config.model_dump(mode="json"), sort_keys=True).encode())
         for name, tensor in sorted(self._qparams.items()):
             hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.cpu().double().tolist()}".encode())
-        folder = Path(__file__).parent
-        hashed.update(get_hash_for_files((*sorted(map(str, folder.rglob("*.py"))),)))
+        # The passes may be a link, which a search through the package's folder would not follow.
+        folders = [Path(__file__).parents[1], *map(Path, passes.__path__)]
+        sources = {str(path) for folder in folders for path in folder.rglob("*.py")}
+        hashed.update(get_hash_for_files(tuple(sorted(sources))))
         return hashed.hexdigest()
 
 

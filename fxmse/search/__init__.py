@@ -1,9 +1,26 @@
 """The searches: tensors in, ranges out. They know no graph and no module.
 
+What both searches are made of:
+
 - ``power``: |e| ** norm, the arithmetic that a search consists of.
-- ``compiling``: when and how a search is compiled; the only place that calls torch.compile for it.
+- ``compiling``: when and how a stage is compiled; the only place that calls torch.compile for it.
+- ``tiles``: a value's groups in tiles that fit a cache and a graph.
 - ``error_sums``: the errors of many scales at once.
-- ``shrinking``: the reference's search, which shrinks a group's range step by step.
-- ``optimum``: the search for the optimum, of all ranges that a format can store.
+
+The reference's search, which shrinks a group's range step by step:
+
+- ``options``: which ranges are tried, and what they are judged by.
+- ``shrunk_ranges``: the candidates and their errors.
+- ``patience``: which candidate the reference's loop ends with.
+- ``shrinking``: the search.
+
+The search for the optimum, of all ranges that a format can store:
+
+- ``plan``: which scales are evaluated, from coarse to fine.
+- ``candidates``: scales and zero points as they can be stored.
+- ``narrowing``: the best of more and more scales around the best ones so far.
+- ``tile_optimum``: the optimum of one tile's groups.
+- ``optimum``: the search, and how it works.
+- ``counted_optimum``: the search of values that are given by how often each was seen.
 - ``global_scale``: the global scale that weights of NVFP4 are best with.
 """

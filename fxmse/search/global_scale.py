@@ -11,12 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxmse.formats.grids import Format, calculate_global_scale
+from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout
+from fxmse.formats.scales import calculate_global_scale
+from fxmse.search.candidates import OptimumProblem
 from fxmse.search.compiling import pays_to_compile
-from fxmse.search.error_sums import Range, measure_tiles
-from fxmse.search.optimum import Problem, Sample, sum_least_errors
+from fxmse.search.optimum import Sample, sum_least_errors
 from fxmse.search.power import AbsolutePower
+from fxmse.search.tiles import Range, measure_tiles
 
 __all__ = ["find_global_range"]
 
@@ -44,7 +46,7 @@ def find_global_range(
         importances: of each weight, as for :func:`fxmse.search.optimum.find_optimum`.
     """
     assert layout.group_size is not None
-    problem = Problem(format, power, False, values[0].dtype)
+    problem = OptimumProblem(format, power, False, values[0].dtype)
     with torch.no_grad():
         weights = []
         for value, importance in zip(values, importances, strict=True):
