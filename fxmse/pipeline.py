@@ -18,7 +18,8 @@ from fxmse.calibration.ranks import Ranks, check_group
 from fxmse.capture.front_ends import capture, copy_graph_module
 from fxmse.config import Config
 from fxmse.passes import FoldFakeQuant, InsertObservers
-from fxmse.passes.probe import find_free_weights, find_weights, finish_weights
+from fxmse.passes.finishing import finish_weights
+from fxmse.passes.probe import find_free_weights, find_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -5,6 +5,7 @@ What they share, and what they put into a graph:
 - ``base``: how a pass is run.
 - ``weight_view``: parameters as rows of output channels, and back.
 - ``probe``: an observer as a node.
+- ``finishing``: weights that wait for all data, and global scales that are shared.
 
 What they look for in a graph:
 

@@ -10,7 +10,8 @@ from fxmse.capture.attributes import make_container
 from fxmse.observers.base import QPARAMS
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE
 from fxmse.passes.base import GraphPass
-from fxmse.passes.probe import Probe, find_importances, find_probes, finish_weights
+from fxmse.passes.finishing import finish_weights
+from fxmse.passes.probe import Probe, find_importances, find_probes
 
 __all__ = ["SITES_KEY", "FoldFakeQuant"]
 
@@ -47,7 +48,7 @@ class FoldFakeQuant(GraphPass):
                 f"nothing was seen by {'; '.join(dict.fromkeys(unseen))}: run calibration data through the observed "
                 "graph first (fxmse.calibrate)"
             )
-        finish_weights(graph_module)
+        finish_weights(graph_module)  # rule 1
         qparams = {probe: _get_qparams(probe) for _, probe in probes}
         importances = list(find_importances(graph_module))
         for node, _ in importances:
@@ -55,9 +56,9 @@ class FoldFakeQuant(GraphPass):
             graph_module.graph.erase_node(node)
         for node, probe in probes:
             _replace(graph_module, node, probe, qparams[probe])
-        for target in dict.fromkeys(str(node.target) for node, _ in (*probes, *importances)):
+        for target in dict.fromkeys(str(node.target) for node, _ in (*probes, *importances)):  # rule 4
             graph_module.delete_submodule(target)
-        return bool(probes)
+        return bool(probes)  # rule 5
 
 
 def _get_qparams(probe: Probe) -> dict[str, Tensor | None]:
@@ -75,6 +76,7 @@ def _get_qparams(probe: Probe) -> dict[str, Tensor | None]:
 
 
 def _replace(graph_module: GraphModule, node: Node, probe: Probe, qparams: dict[str, Tensor | None]) -> None:
+    """Rules 2 and 3."""
     graph, site = graph_module.graph, probe.sites[0]
     args = site.args
     container = make_container(graph_module, site.module)

@@ -55,6 +55,7 @@ class FunctionalizeModules(GraphPass):
 
 
 def _is_replaceable(node: Node, module: nn.Module) -> bool:
+    """Rules 1 and 2."""
     # Hooks (and parametrizations) run around a module's call and would be lost.
     if module._forward_hooks or module._forward_pre_hooks:
         return False
@@ -85,6 +86,7 @@ def _replace(graph: Graph, node: Node, module: nn.Module) -> None:
             geometry: Any = (module.stride, *padding, *spacing)
             new = graph.call_function(function, (value, weight, bias, *geometry))
     new.meta = dict(node.meta)
+    # Rule 4.
     stack = new.meta.get("nn_module_stack") or {}
     new.meta["nn_module_stack"] = {**stack, path: (path, type(module))}
     node.replace_all_uses_with(new)
@@ -92,6 +94,7 @@ def _replace(graph: Graph, node: Node, module: nn.Module) -> None:
 
 
 def _copy_parameters(module: nn.Module) -> nn.Module:
+    """Rule 3."""
     container = torch.nn.Module()
     for name, parameter in module.named_parameters(recurse=False):
         container.register_parameter(name, parameter)

@@ -69,9 +69,9 @@ class InsertObservers(GraphPass):
                 "the graph has fake-quantize nodes, so it was folded already: start from the float model to quantize "
                 "it differently"
             )
-        modified = FunctionalizeModules()(graph_module).modified
+        modified = FunctionalizeModules()(graph_module).modified  # rule 1
         config = resolve_config(self.config)
-        reads = find_reads(graph_module, config)
+        reads = find_reads(graph_module, config)  # without those of rule 6
         plan = _share_observers(graph_module, reads)
         for observation in plan:
             observation.mask = _find_mask(graph_module, observation.reads[0].site, observation.observer)
@@ -98,7 +98,7 @@ class _Observation:
 
 
 def _share_observers(graph_module: GraphModule, reads: list[Read]) -> list[_Observation]:
-    """Rules 2, 3, 7 and 8."""
+    """Rules 2, 3 and 7."""
     by_value: dict[tuple[object, str], _Observation] = {}
     by_site: dict[tuple[str, str], _Observation] = {}
     groups: dict[object, str] = {}
@@ -160,6 +160,7 @@ def _share_across(graph_module: GraphModule, plan: list[_Observation], names: tu
 
 
 def _make_observer(site: Site) -> Observer | None:
+    """Rule 8: a dynamic value has none."""
     if site.is_dynamic:
         return None
     try:
@@ -174,6 +175,7 @@ def _find_free_name(name: str, taken: set[str]) -> str:
 
 
 def _insert(graph_module: GraphModule, observation: _Observation) -> None:
+    """Rules 4 and 5."""
     graph, first = graph_module.graph, observation.reads[0]
     _register_probe(graph_module, observation)
     if first.argument is None:

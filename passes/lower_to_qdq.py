@@ -61,6 +61,7 @@ class LowerToQDQ(GraphPass):
         lowered = [node for node in nodes if not reasons[node]]
         for node in lowered:
             (_lower_weight if _is_weight(node) else _lower_activation)(graph_module, node)
+        # Rule 4.
         left = [f"{_get_name(node)} ({reason})" for node, reason in reasons.items() if reason]
         if left:
             warnings.warn(f"not lowered to int8, still fake-quantized: {'; '.join(left)}", UserWarning, stacklevel=4)

@@ -1,9 +1,7 @@
 """The node that an observer is in a graph."""
 
-import functools
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +16,13 @@ from fxmse.passes.weight_view import WeightView
 
 __all__ = [
     "Probe",
-    "Searches",
     "find_free_weights",
     "find_importances",
     "find_probe",
     "find_probes",
     "find_weights",
-    "finish_weights",
     "skip_probes",
 ]
-
 
 _UNKNOWN = (0, -1)  # no weight's version
 
@@ -183,74 +178,6 @@ def skip_probes(graph_module: GraphModule, value: object) -> object:
     return value
 
 
-def find_free_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
-    """Of :func:`find_weights`, those that are searched as they are, whatever the data."""
-    weights = find_weights(graph_module)
-    return {p: rows for p, rows in weights.items() if p.given is None and not p.waits_for_importance}
-
-
-Searches: TypeAlias = Callable[[Mapping[Probe, Tensor], Callable[[Mapping[Probe, Tensor]], None]], None]
-
-
-def finish_weights(graph_module: GraphModule, run: Searches = lambda weights, search: search(weights)) -> None:
-    """What can be done with weights only after all data was seen: those that wait for it, and shared global scales.
-
-    Args:
-        graph_module: an observed graph.
-        run: has weights searched: it is called with them, and with what searches the weights that it is called with.
-
-    Raises:
-        ValueError: an observer that needs importance and is strict about it.
-    """
-    weights = {probe: rows for probe, rows in find_weights(graph_module).items() if probe.given is None}
-    run({probe: rows for probe, rows in weights.items() if not probe.knows(rows)}, _search)
-    by_name: defaultdict[str, list[Probe]] = defaultdict(list)
-    for probe in weights:
-        if probe.global_group and probe.state.global_range is not None:
-            by_name[probe.global_group].append(probe)
-    groups = {group[0]: group for group in by_name.values() if not all(_share_scale(p, group[0].state) for p in group)}
-    before = {probe: probe.state for group in groups.values() for probe in group}
-    # The range that a group shares is for a moment the state of its first probe.
-    run({first: weights[first] for first in groups}, functools.partial(_find_shared, groups, weights))
-    shared = {probe: first.state for first, group in groups.items() for probe in group}
-    for probe, state in before.items():
-        probe.state = state
-    run({p: weights[p] for p in shared if not _share_scale(p, shared[p])}, functools.partial(_rescale, shared))
-
-
-def _search(weights: Mapping[Probe, Tensor]) -> None:
-    for probe, rows in weights.items():
-        if probe.waits_for_importance:
-            assert probe.observer
-            probe.state = State()
-            probe.observer.observe(rows)
-            probe.remember(rows)
-        else:
-            probe(rows)
-
-
-def _share_scale(probe: Probe, state: State) -> bool:
-    own, other = probe.state.global_range, state.global_range
-    return own is not None and other is not None and all(map(torch.equal, own, other))
-
-
-def _find_shared(
-    groups: Mapping[Probe, list[Probe]], weights: Mapping[Probe, Tensor], firsts: Mapping[Probe, Tensor]
-) -> None:
-    for first in firsts:
-        observers = [probe.observer for probe in groups[first] if probe.observer]
-        range = observers[0].find_shared_global_range(observers, [weights[probe] for probe in groups[first]])
-        first.state = State().with_global_range(range)
-
-
-def _rescale(shared: Mapping[Probe, State], weights: Mapping[Probe, Tensor]) -> None:
-    for probe, rows in weights.items():
-        global_range = shared[probe].global_range
-        assert probe.observer
-        assert global_range
-        probe.state = probe.observer.update_with_global(State(), rows, global_range)
-
-
 def find_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
     """The rows that each weight's probe looks at."""
     weights = {}
@@ -262,3 +189,9 @@ def find_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
             assert isinstance(source, Node)
             weights[probe] = probe.view.apply(get_attribute(graph_module, str(source.target)))
     return weights
+
+
+def find_free_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
+    """Of :func:`find_weights`, those that are searched as they are, whatever the data."""
+    weights = find_weights(graph_module)
+    return {p: rows for p, rows in weights.items() if p.given is None and not p.waits_for_importance}

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule
 
-from fxmse import passes
 from fxmse.capture.lifted import bind_parameters, find_lifted
 from fxmse.config import Config, NothingMatchedError, resolve_config
 from fxmse.observers.base import QPARAMS
@@ -94,7 +94,7 @@ class FakeQuantizePass(CustomGraphPass):
         for name, tensor in sorted(self._qparams.items()):
             hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.cpu().double().tolist()}".encode())
         # The passes may be a link, which a search through the package's folder would not follow.
-        folders = [Path(__file__).parents[1], *map(Path, passes.__path__)]
+        folders = [Path(__file__).parents[1], Path(inspect.getfile(FoldFakeQuant)).parent]
         sources = {str(path) for folder in folders for path in folder.rglob("*.py")}
         hashed.update(get_hash_for_files(tuple(sorted(sources))))
         return hashed.hexdigest()
