@@ -4,6 +4,7 @@ The fresh environment sees the dependencies of the one that this is run in, but 
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# What builds and tools leave in a checkout: setuptools would take old modules from its own folder.
+LEFT_BEHIND = (".*", "build", "dist", "*.egg-info", "__pycache__")
 IMPORT = """
 import importlib.metadata, sys
 import fxmse, fxmse.cli, fxmse.passes
@@ -40,8 +43,10 @@ def build(folder: Path) -> tuple[Path, Path, Path]:
     """The sdist, the wheel that is built from it, and the one that is built from the checkout."""
     programs = make_environment(folder / "build")
     run(programs / "pip", "install", "build")
-    run(programs / "python", "-m", "build", "--outdir", folder / "of_sdist", ROOT)
-    run(programs / "pip", "wheel", "--no-deps", "--wheel-dir", folder / "of_checkout", ROOT)
+    checkout = folder / "checkout"
+    shutil.copytree(ROOT, checkout, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+    run(programs / "python", "-m", "build", "--outdir", folder / "of_sdist", checkout)
+    run(programs / "pip", "wheel", "--no-deps", "--wheel-dir", folder / "of_checkout", checkout)
     sdist, wheel = next(folder.glob("of_sdist/*.tar.gz")), next(folder.glob("of_sdist/*.whl"))
     return sdist, wheel, next(folder.glob("of_checkout/*.whl"))
 
