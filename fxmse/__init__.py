@@ -6,10 +6,13 @@ from fxmse.outputs.checkpoint import save_pretrained
 from fxmse.outputs.exporting import export
 from fxmse.outputs.reporting import report
 from fxmse.pipeline import calibrate, convert, prepare, quantize
+from fxmse.search.compiling import compilation
 
 __all__ = [
     "Calibration",
+    "__version__",
     "calibrate",
+    "compilation",
     "convert",
     "export",
     "load_qparams",
@@ -18,3 +21,6 @@ __all__ = [
     "report",
     "save_pretrained",
 ]
+
+__version__ = "0.1.0"
+"""The one place of the version: pyproject.toml reads it, and a source tree that is not installed has it, too."""

@@ -40,7 +40,7 @@ def list_stored_scales(exact: Tensor, format: Format, num_scales: int) -> tuple[
     """The scales that ranges from a group's own downwards can be stored as.
 
     Args:
-        exact: float32 [Q], the :func:`calculate_exact_scale` of each group's own range.
+        exact: float32 [Q], the :func:`fxmse.formats.scales.calculate_exact_scale` of each group's own range.
         format: one that :func:`count_stored_scales` counts, with ``num_scales``.
         num_scales: K.
 

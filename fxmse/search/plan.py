@@ -79,7 +79,10 @@ class Plan:
 
     @property
     def work(self) -> int:
-        """:func:`pays_to_compile`'s measure; less than the candidates, as this search takes longer to compile."""
+        """What :func:`fxmse.search.compiling.pays_to_compile` goes by.
+
+        Less than the candidates, as this search takes longer to compile.
+        """
         return max(1, self.num_candidates // 4)
 
     def make_tensors(self, device: torch.device) -> tuple[Tensor, ...]:

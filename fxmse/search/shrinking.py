@@ -125,9 +125,9 @@ def shrink_global_range(
     """Finds the range that tensor_group's global scale follows from, shape (1,).
 
     It covers the best range of each group when scales are stored exactly: with the global scale of that, the scale
-    of no such group is cut off. Arguments are those of :func:`search`.
+    of no such group is cut off. Arguments are those of :func:`shrink_ranges`.
 
-    Source: llm-compressor 0.14. The one range for all of the value that 0.9 searches instead (``search`` with
+    Source: llm-compressor 0.14. The one range for all of the value that 0.9 searches instead (``shrink_ranges`` with
     ``optimize_global_scale`` and ``layout.as_one_group()``) shrinks until the scales of the largest groups no longer
     fit their dtype.
     """
