@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationArgs, preset_name_to_sch
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from tabulate import tabulate
 
-from fxmse.inputs.data import check_batches, read_batches, take_inputs
+from fxmse.inputs.data import check_batches, find_batch_size, order_inputs, read_batches, take_inputs
 from fxmse.inputs.models import Source, load_source
 from fxmse.inputs.programs import load_program
 from fxmse.outputs.checkpoint import check_replaceable, save_pretrained
@@ -29,6 +29,7 @@ REPORT_FILE = "fxmse_report.json"
 """The report's name inside of a .pt2 and of a checkpoint's folder."""
 
 _REPORTED_BATCHES = 4
+_BATCH_SIZE = 8
 # Fields of a SiteReport, and what the table calls them.
 _COLUMNS = {
     "module": "module",
@@ -93,7 +94,9 @@ def _make_parser() -> argparse.ArgumentParser:
         "images. A scheme of weights alone needs none",
     )
     command.add_argument("--out", type=Path, required=True, help="a .pt2, or a folder: a compressed-tensors checkpoint")
-    command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="samples a batch (default 8)")
+    command.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="samples a batch (default: 8, or what a .pt2 is for)"
+    )
     command.add_argument("--max-length", type=_positive, default=512, metavar="N", help="tokens a text (default 512)")
     command.add_argument("--max-batches", type=_positive, metavar="N", help="use the first N batches")
     command.add_argument(
@@ -118,10 +121,9 @@ def _quantize(options: argparse.Namespace) -> None:
     source = load_source(options.model)
     batches = _read_batches(options, source)
     example = batches[0] if batches else source.make_example()
-    with source.without_cache():
-        observed = prepare(source.module, _make_config(options), example)
-        quantized = convert(calibrate(observed, batches))
-        sites = report(quantized, (batches or [example])[:_REPORTED_BATCHES])
+    observed = prepare(source.module, _make_config(options), example)
+    quantized = convert(calibrate(observed, batches))
+    sites = report(quantized, (batches or [example])[:_REPORTED_BATCHES])
     summary = {
         "model": str(options.model),
         "scheme": options.scheme,
@@ -163,12 +165,14 @@ def _check_paths(options: argparse.Namespace) -> None:
 def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
     if options.data is None:
         return []
-    batches = read_batches(
-        options.data, batch_size=options.batch_size, max_length=options.max_length, model_folder=source.folder
-    )
+    fixed = find_batch_size(source.program) if source.program else None
+    size = options.batch_size or fixed or _BATCH_SIZE
+    batches = read_batches(options.data, batch_size=size, max_length=options.max_length, model_folder=source.folder)
     batches = batches[: options.max_batches]
     if source.model is not None:
         batches = [take_inputs(batch, options.data, source.model) for batch in batches]
+    if source.program is not None:
+        batches = order_inputs(batches, source.program)
     return check_batches(batches, source.program)
 
 

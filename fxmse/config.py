@@ -26,6 +26,8 @@ from fxmse.formats.layout import Layout
 
 __all__ = [
     "CONFIG_KEY",
+    "MODULES_KEY",
+    "AllLeftInFloatError",
     "Config",
     "Matches",
     "NothingMatchedError",
@@ -46,7 +48,7 @@ _DEFAULT_OBSERVERS = {"weight": "memoryless_mse"}  # and "mse" for every activat
 _FILES = (".json", ".yaml", ".yml")
 _DYNAMIC_STRATEGIES = ("tensor", "token", "group", "tensor_group")
 # What a checkpoint's quantization_config has beside a QuantizationConfig's fields.
-_OTHER_KEYS = ("version",)
+_OTHER_KEYS = ("version", "provider")
 _UNAPPLIED_KEYS = ("sparsity_config", "transform_config")
 
 
@@ -96,10 +98,6 @@ def make_site(module: str, prefix: str, role: str, args: QuantizationArgs) -> Si
 
 
 def _check_args(args: QuantizationArgs, role: str) -> None:
-    if args.actorder is not None:
-        raise ValueError(
-            f"actorder={args.actorder} has no meaning here: it orders the columns that GPTQ works through. Leave it out"
-        )
     if args.dynamic and role == "weight":
         raise ValueError(f"dynamic={args.dynamic}: weights are static, expected dynamic=False")
     if args.dynamic is True:
@@ -207,8 +205,16 @@ Modules: TypeAlias = Mapping[tuple[str, str], nn.Module]
 """Modules that hold ops which can be quantized, by dotted path and the op's class or function name."""
 
 
+MODULES_KEY = "fxmse_modules"
+"""Where a captured graph's ``meta`` has the modules of its model by their paths, until observers are inserted."""
+
+
 class NothingMatchedError(ValueError):
     """A graph has nothing that the config quantizes."""
+
+
+class AllLeftInFloatError(NothingMatchedError):
+    """A graph has nothing of what the config targets that can be quantized."""
 
 
 class Matches(NamedTuple):
@@ -226,8 +232,9 @@ class Matches(NamedTuple):
 def match_schemes(config: QuantizationConfig, modules: Modules, functions: Modules) -> Matches:
     """The scheme of each module that the config targets and does not ignore.
 
-    Ops of activations only (attention, matrix products) get a scheme without weights whose target names them
-    narrowly: it matches neither the module around them nor one inside, as compressed-tensors has it for attention.
+    Ops of activations only (attention, matrix products) get a scheme whose target is their function's name, or one
+    without weights whose target names them narrowly: it matches neither the module around them nor one inside, as
+    compressed-tensors has it for attention.
     Targets and ignores that match nothing are named in one warning.
 
     Args:
@@ -250,7 +257,7 @@ def match_schemes(config: QuantizationConfig, modules: Modules, functions: Modul
         targets = [
             target
             for target in match_targets(key[0], module, schemes)
-            if not schemes[target].weights and _is_narrow(target, key[0], modules)
+            if target == key[1] or (not schemes[target].weights and _is_narrow(target, key[0], modules))
         ]
         if targets and not is_match(key[0], module, ignore):
             matched.functions[key] = schemes[targets[0]]

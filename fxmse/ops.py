@@ -121,7 +121,10 @@ def _dynamic_fake_quantize(
     for a token's, so that a value of two dimensions is quantized per tensor; here a row is a token whatever the rest.
     """
     if strategy == "tensor":
-        min, max = x.amin().reshape(1), x.amax().reshape(1)
+        # A scale's range has 0 in it in any case, and so there is a smallest and a largest where there is no token.
+        rows = [x.reshape(-1, x.shape[-1]), x.new_zeros(1, x.shape[-1])] if x.dim() else [x.reshape(1)]
+        min, max = (torch.cat([reduce(part, -1) for part in rows]) for reduce in (torch.amin, torch.amax))
+        min, max = min.amin().reshape(1), max.amax().reshape(1)
     elif strategy == "token":
         min, max = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     else:

@@ -13,13 +13,13 @@ from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
 from fxmse.calibration.merging import agree_on_weights, check_alike, describe, merge_states, share_searches
-from fxmse.calibration.observing import get_probes, observe_batches, observe_weights
+from fxmse.calibration.observing import check_batches, get_probes, observe_batches, observe_weights
 from fxmse.calibration.ranks import Ranks, check_group
 from fxmse.capture.front_ends import capture, copy_graph_module
 from fxmse.config import Config
 from fxmse.passes import FoldFakeQuant, InsertObservers
+from fxmse.passes.constants import find_free_weights, find_weights
 from fxmse.passes.finishing import finish_weights
-from fxmse.passes.probe import find_free_weights, find_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -96,6 +96,7 @@ def calibrate(
         RuntimeError: another rank failed, with its number and what it said; or its process ended, or did not answer
             in time.
     """
+    check_batches(batches)
     group = check_group(group)
     is_shown = progress and (group is None or group.rank() == 0)
     bar = tqdm(batches, desc="calibrate", unit="batch", disable=not is_shown)
@@ -163,6 +164,7 @@ def quantize(
     progress: bool = True,
 ) -> GraphModule:
     """:func:`prepare`, :func:`calibrate` and :func:`convert` in a row; a module is exported with the first batch."""
+    check_batches(batches)
     remaining = iter(batches)
     first = list(itertools.islice(remaining, 1))
     example = first[0] if first else None

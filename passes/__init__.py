@@ -5,10 +5,13 @@ What they share, and what they put into a graph:
 - ``base``: how a pass is run.
 - ``weight_view``: parameters as rows of output channels, and back.
 - ``probe``: an observer as a node.
+- ``versions``: which version of a value a node reads, where graphs write in place.
+- ``constants``: values that follow from parameters alone, as weights do.
 - ``finishing``: weights that wait for all data, and global scales that are shared.
 
 What they look for in a graph:
 
+- ``inline_regions``: regions of no_grad, autocast and checkpointing come into the graph (a pass, too).
 - ``movement``: parameters behind transposes and choices.
 - ``operation``: what an op that can be quantized is made of.
 - ``attention``: attention, as one call or written out.
@@ -16,6 +19,7 @@ What they look for in a graph:
 - ``quantizable_ops``: all ops that can be quantized.
 - ``joins``: ops that join several values.
 - ``reads``: a config and a graph become sites.
+- ``naming``: what these are called.
 
 The passes:
 
@@ -27,7 +31,8 @@ The passes:
 
 from fxmse.passes.fold_fake_quant import FoldFakeQuant
 from fxmse.passes.functionalize_modules import FunctionalizeModules
+from fxmse.passes.inline_regions import InlineRegions
 from fxmse.passes.insert_observers import InsertObservers
 from fxmse.passes.lower_to_qdq import LowerToQDQ
 
-__all__ = ["FoldFakeQuant", "FunctionalizeModules", "InsertObservers", "LowerToQDQ"]
+__all__ = ["FoldFakeQuant", "FunctionalizeModules", "InlineRegions", "InsertObservers", "LowerToQDQ"]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxmse.observers.states import State
-from fxmse.passes.probe import Probe, find_weights
+from fxmse.passes.constants import find_weights
+from fxmse.passes.probe import Probe
 
 __all__ = ["Searches", "finish_weights"]
 

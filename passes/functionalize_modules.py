@@ -34,9 +34,11 @@ class FunctionalizeModules(GraphPass):
     1. Linear, Conv1d, Conv2d, Conv3d (zero padding), ConvTranspose1d, 2d, 3d (called without an output size) and
        Embedding (without max_norm, which would change the weight) become F.linear, F.conv*d, F.conv_transpose*d and
        F.embedding of the same arguments.
-    2. Subclasses and modules with hooks keep their call: something else than the layer's own forward may run.
+    2. Subclasses, modules with hooks and modules whose forward was replaced on the instance keep their call: something
+       else than the layer's own forward may run.
     3. Parameters stay where they are in the state dict, but in an empty module of the graph's own, so that what
-       later passes add there does not end up in the user's model.
+       later passes add there does not end up in the user's model. So does what else the module holds, which others may
+       read.
     4. A node remembers the module's path and class in ``nn_module_stack``.
     """
 
@@ -57,7 +59,7 @@ class FunctionalizeModules(GraphPass):
 def _is_replaceable(node: Node, module: nn.Module) -> bool:
     """Rules 1 and 2."""
     # Hooks (and parametrizations) run around a module's call and would be lost.
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return False
     if type(module) is nn.Embedding:
         return module.max_norm is None
@@ -98,4 +100,12 @@ def _copy_parameters(module: nn.Module) -> nn.Module:
     container = torch.nn.Module()
     for name, parameter in module.named_parameters(recurse=False):
         container.register_parameter(name, parameter)
-    return container.train(module.training)
+    for name, buffer in module.named_buffers(recurse=False):
+        container.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+    for name, child in module.named_children():
+        container.add_module(name, child)
+    for name, tensor in vars(module).items():
+        if isinstance(tensor, torch.Tensor):
+            setattr(container, name, tensor)
+    container.training = module.training
+    return container

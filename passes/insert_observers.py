@@ -2,18 +2,21 @@
 
 import itertools
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule, Node
 
-from fxmse.capture.attributes import get_attribute, make_container
-from fxmse.config import CONFIG_KEY, Config, Site, resolve_config
+from fxmse.capture.attributes import make_container
+from fxmse.config import CONFIG_KEY, MODULES_KEY, Config, Site, resolve_config
 from fxmse.observers.base import Observer
 from fxmse.observers.importance import ImportanceObserver
 from fxmse.ops import is_fake_quantize
 from fxmse.passes.base import GraphPass
+from fxmse.passes.constants import describe
 from fxmse.passes.functionalize_modules import FunctionalizeModules
+from fxmse.passes.inline_regions import InlineRegions
 from fxmse.passes.joins import JOINS, find_joined_values
+from fxmse.passes.naming import Names
 from fxmse.passes.probe import Probe, skip_probes
 from fxmse.passes.reads import Read, find_reads
 
@@ -26,13 +29,17 @@ class InsertObservers(GraphPass):
 
     Rules:
 
-    1. Calls of modules become functional first (:class:`FunctionalizeModules`).
+    1. Regions come into the graph first (:class:`InlineRegions`), and calls of modules become functional
+       (:class:`FunctionalizeModules`).
     2. A value that several sites read with equal arguments has one probe, named after the first of them. That goes
-       for activations (one node) and for weights (one tensor, however many names it has: tied weights stay tied).
+       for activations (one node, with no write in place between the readers: :mod:`fxmse.passes.versions`) and for
+       weights (one tensor, however many names it has: tied weights stay tied). A weight that is read in two ways, as
+       it is and transposed, is two values.
     3. A module that is called more than once has one observer, which sees the values of all its calls.
     4. A weight is observed, and later quantized, as rows of output channels, whatever shape its op wants
-       (:class:`fxmse.passes.weight_view.WeightView`), and before anything that only moves its values (a transpose,
-       the choice of an expert).
+       (:class:`fxmse.passes.weight_view.WeightView`): those of the parameter, before anything that leaves its rows
+       as they are (a transpose, the choice of an expert), and otherwise, of what is computed of parameters alone
+       (a reshaped one, a weight norm), those that its op reads.
     5. Readers of the value that are not sites keep reading it as it is.
     6. A value that has a probe already is left alone.
     7. The weights of linears that read the same value share their global scale, where they have one: a runtime fuses
@@ -69,7 +76,9 @@ class InsertObservers(GraphPass):
                 "the graph has fake-quantize nodes, so it was folded already: start from the float model to quantize "
                 "it differently"
             )
-        modified = FunctionalizeModules()(graph_module).modified  # rule 1
+        # Rule 1.
+        modified = InlineRegions()(graph_module).modified
+        modified |= FunctionalizeModules()(graph_module).modified
         config = resolve_config(self.config)
         reads = find_reads(graph_module, config)  # without those of rule 6
         plan = _share_observers(graph_module, reads)
@@ -83,15 +92,20 @@ class InsertObservers(GraphPass):
         for observation in plan:
             _insert_importances(graph_module, observation)
         graph_module.meta[CONFIG_KEY] = config
+        graph_module.meta.pop(MODULES_KEY, None)
         return modified or bool(plan)
 
 
 @dataclass
 class _Observation:
-    """Reads of one value with equal arguments, and the observer they share, at ``target``."""
+    """Reads of one value with equal arguments, and the observer they share, at ``target``.
 
-    target: str
-    observer: Observer | None
+    It shares that with ``first``, the observation of another value that is the same quantity.
+    """
+
+    first: "_Observation | None"
+    target: str = ""
+    observer: Observer | None = None
     reads: list[Read] = field(default_factory=list)
     global_group: str = ""
     mask: tuple[Node, ...] = ()
@@ -99,22 +113,24 @@ class _Observation:
 
 def _share_observers(graph_module: GraphModule, reads: list[Read]) -> list[_Observation]:
     """Rules 2, 3 and 7."""
-    by_value: dict[tuple[object, str], _Observation] = {}
-    by_site: dict[tuple[str, str], _Observation] = {}
+    by_value: dict[object, _Observation] = {}
+    by_site: dict[object, _Observation] = {}
+    names = Names(graph_module)
     groups: dict[object, str] = {}
     for read in reads:
         arguments = repr(read.site.args)  # observer_kwargs may hold tensors, which JSON cannot
         value_key = (_identify_value(graph_module, read), arguments)
-        site_key = (read.site.name, arguments)
+        # A module's activation is one quantity in all its calls, a weight one for each way of reading it.
+        site_key = value_key if read.weight else (read.site.name, arguments)
         if value_key not in by_value:
-            earlier = by_site.get(site_key)
-            if earlier:
-                by_value[value_key] = _Observation(earlier.target, earlier.observer)
-            else:
-                target = _find_free_name(f"{read.site.name}_observer", {o.target for o in by_value.values()})
-                by_value[value_key] = _Observation(target, _make_observer(read.site))
+            by_value[value_key] = _Observation(by_site.get(site_key))
         observation = by_value[value_key]
         by_site.setdefault(site_key, observation)
+        read = replace(read, site=names.find(read, observation.first or observation))
+        if not observation.target:
+            first = observation.first
+            observation.target = first.target if first else f"{read.site.name}_observer"
+            observation.observer = first.observer if first else _make_observer(read.site)
         observation.reads.append(read)
         if fused := _identify_fused(graph_module, read):
             observation.global_group = observation.global_group or groups.get(fused, read.site.name)
@@ -123,12 +139,10 @@ def _share_observers(graph_module: GraphModule, reads: list[Read]) -> list[_Obse
 
 
 def _identify_value(graph_module: GraphModule, read: Read) -> object:
+    """Rule 2: tied weights may be several Parameters of one storage."""
     if not read.weight:
-        return read.value
-    weight = get_attribute(graph_module, str(read.value.target))
-    # Tied weights may be several Parameters of one storage; tensors without storage (meta) are told apart by identity.
-    identity = (weight.data_ptr() or id(weight), weight.device, weight.shape, weight.stride())
-    return (*identity, read.weight.view)
+        return read.value, read.version
+    return describe(graph_module, read.value), read.weight.view
 
 
 def _identify_fused(graph_module: GraphModule, read: Read) -> object:
@@ -169,11 +183,6 @@ def _make_observer(site: Site) -> Observer | None:
         raise ValueError(f"{site.name}: {error}") from None
 
 
-def _find_free_name(name: str, taken: set[str]) -> str:
-    candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
-    return next(candidate for candidate in candidates if candidate not in taken)
-
-
 def _insert(graph_module: GraphModule, observation: _Observation) -> None:
     """Rules 4 and 5."""
     graph, first = graph_module.graph, observation.reads[0]
@@ -207,7 +216,10 @@ def _register_probe(graph_module: GraphModule, observation: _Observation) -> Non
     else:
         weight = observation.reads[0].weight
         view = weight.view if weight else None
-        probe = Probe(observation.observer, tuple(sites.values()), view, observation.global_group)
+        is_computed = weight is not None and weight.value.op != "get_attr"
+        probe = Probe(
+            observation.observer, tuple(sites.values()), view, observation.global_group, is_computed=is_computed
+        )
         container.add_module(name, probe)
 
 

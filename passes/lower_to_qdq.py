@@ -36,8 +36,8 @@ class LowerToQDQ(GraphPass):
     1. An activation of 8 bits per tensor is quantized to uint8, zero points moved by 128 (which is what VNNI
        multiplies), and dequantized once for each of its readers.
     2. A weight of up to 8 bits, symmetric, per channel or tensor, all of whose readers are products with such an
-       activation, is stored as int8 and dequantized per channel. The float parameter goes, unless something else
-       reads it.
+       activation (no addmm that scales by alpha or beta), is stored as int8 and dequantized per channel. The float
+       parameter goes, unless something else reads it.
     3. Values in bfloat16 are dequantized in float32 and cast, as Inductor's patterns have it.
     4. Everything else stays as it is, and is listed with the reason in one warning.
 
@@ -58,6 +58,8 @@ class LowerToQDQ(GraphPass):
         for node in nodes:
             if not reasons[node] and _is_weight(node) and not _meets_int8_inputs(node, reasons):
                 reasons[node] = "not every op that reads it multiplies it by an int8 activation"
+            elif not reasons[node] and _is_weight(node) and _is_scaled(node):
+                reasons[node] = "the product that reads it has a factor alpha or beta"
         lowered = [node for node in nodes if not reasons[node]]
         for node in lowered:
             (_lower_weight if _is_weight(node) else _lower_activation)(graph_module, node)
@@ -83,6 +85,8 @@ def _find_reason(graph_module: GraphModule, node: Node) -> str:
     if dtype not in _DTYPES:
         return f"{dtype}"
     if not _is_weight(node):
+        if _get_name(node).endswith("weight"):
+            return "a weight that is computed in the graph"
         return "" if (num_bits, strategy) == (8, "tensor") else f"activation of {type}{num_bits} {strategy}"
     if zero_point is not None:
         return "asymmetric weight"
@@ -132,6 +136,12 @@ def _meets_int8_inputs(weight: Node, reasons: dict[Node, str]) -> bool:
         and any(other is not weight and reasons.get(other, "-") == "" for other in reader.all_input_nodes)
         for reader, _ in _find_readers(weight)
     )
+
+
+def _is_scaled(weight: Node) -> bool:
+    """Whether a reader of a weight is an addmm with factors, which int8 kernels do not have."""
+    factors = (reader.kwargs.get(name, 1) for reader, _ in _find_readers(weight) for name in ("alpha", "beta"))
+    return any(factor != 1 for factor in factors)
 
 
 def _get_op_name(node: Node) -> str:

@@ -51,17 +51,19 @@ class Operand:
 
 @dataclass(frozen=True)
 class Weight:
-    """The parameter of an operation.
+    """The parameter of an operation, or what it reads that is computed of parameters alone.
 
     Attributes:
-        parameter: its get_attr node.
+        name: the dotted path that it is called after; of a computed one that of a parameter that it is computed of.
+        value: its node: a get_attr node, or the one that computes it.
         reader: the node that reads it: the operation, or the first of the ops that only move it there.
         argument: where.
         view: how it becomes (out, in).
         is_observed: whether a probe stands between the two.
     """
 
-    parameter: Node
+    name: str
+    value: Node
     reader: Node
     argument: Argument
     view: WeightView
@@ -79,7 +81,7 @@ class Operation:
         path: the dotted path of the module that it was traced from.
         module: a stand-in of that module (:mod:`fxmse.passes.stand_ins`).
         has_weight: whether one of its arguments is a weight.
-        weight: where that is; None, too, where it is computed in the graph.
+        weight: where that is; None, too, where it depends on the data.
         operands: the activations that it reads; none for an embedding, which reads indices.
         is_part_of_attention: whether it is one of the matrix products that attention is written out in.
     """

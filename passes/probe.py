@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxmse.capture.attributes import get_attribute
 from fxmse.config import Site, check_dynamic_shape
 from fxmse.observers.base import Observer
 from fxmse.observers.importance import Importance, ImportanceObserver
@@ -16,15 +15,16 @@ from fxmse.passes.weight_view import WeightView
 
 __all__ = [
     "Probe",
-    "find_free_weights",
     "find_importances",
     "find_probe",
     "find_probes",
-    "find_weights",
     "skip_probes",
+    "sum_bits",
 ]
 
-_UNKNOWN = (0, -1)  # no weight's version
+_UNKNOWN = (-1, -1)  # no weight's version
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AT_A_TIME = 1 << 22  # elements whose bits are held as int64 at a time
 
 
 class Probe(nn.Module):
@@ -36,6 +36,7 @@ class Probe(nn.Module):
         observer: the observer; None for a dynamic value, whose probe only holds its place.
         sites: the sites that read the value.
         view: of a weight, how it becomes the rows that are observed.
+        is_computed: of a weight, whether each run of the graph computes it anew, of parameters.
         global_group: weights of one name share their global scale; "" shares with none.
     """
 
@@ -45,11 +46,14 @@ class Probe(nn.Module):
         sites: tuple[Site, ...],
         view: WeightView | None = None,
         global_group: str = "",
+        *,
+        is_computed: bool = False,
     ) -> None:
         super().__init__()
         self.observer = observer
         self.sites = sites
         self.view = view
+        self.is_computed = is_computed
         self.global_group = global_group
         self.given: dict[str, Tensor | None] | None = None  # qparams that take the place of the observer's
         self._version_seen: tuple[int, int] | None = None  # None: what is known of the weight comes from elsewhere
@@ -114,12 +118,18 @@ class Probe(nn.Module):
 
     def knows(self, weight: Tensor) -> bool:
         """Whether the weight was observed as it is now, with the importance that its channels have now."""
-        is_seen = self._version_seen in (None, _find_version(weight)) and self._importance_seen is self._squares
+        is_seen = self._version_seen in (None, self._find_version(weight)) and self._importance_seen is self._squares
         return is_seen and self.has_statistics
 
     def remember(self, weight: Tensor) -> None:
         """Takes what was observed for that of the weight and the importance as they are now."""
-        self._version_seen, self._importance_seen = _find_version(weight), self._squares
+        self._version_seen, self._importance_seen = self._find_version(weight), self._squares
+
+    def _find_version(self, weight: Tensor) -> tuple[int, int]:
+        if self.is_computed:
+            return 0, sum_bits(weight) or 0
+        # Inference tensors have no version: those are known by their place alone.
+        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
     @property
     def importance(self) -> Importance | None:
@@ -139,9 +149,12 @@ class Probe(nn.Module):
         return self.name
 
 
-def _find_version(weight: Tensor) -> tuple[int, int]:
-    # Inference tensors have no version: those are known by their place alone.
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+def sum_bits(weight: Tensor) -> int | None:
+    """A sum that every order of adding up gives, on every device; None for a weight without values."""
+    if weight.is_meta:
+        return None
+    bits = weight.detach().contiguous().view(_INTEGERS[weight.element_size()]).flatten()
+    return sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_AT_A_TIME))
 
 
 def _find_called(graph_module: GraphModule, node: object) -> nn.Module | None:
@@ -176,22 +189,3 @@ def skip_probes(graph_module: GraphModule, value: object) -> object:
     while isinstance(value, Node) and isinstance(_find_called(graph_module, value), Probe | Importance):
         value = value.args[0]
     return value
-
-
-def find_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
-    """The rows that each weight's probe looks at."""
-    weights = {}
-    for node, probe in find_probes(graph_module):
-        if probe.view:
-            source = node.args[0]
-            while isinstance(source, Node) and source.op != "get_attr":
-                source = source.args[0]
-            assert isinstance(source, Node)
-            weights[probe] = probe.view.apply(get_attribute(graph_module, str(source.target)))
-    return weights
-
-
-def find_free_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
-    """Of :func:`find_weights`, those that are searched as they are, whatever the data."""
-    weights = find_weights(graph_module)
-    return {p: rows for p, rows in weights.items() if p.given is None and not p.waits_for_importance}

@@ -1,6 +1,7 @@
 """Which nodes can be quantized, and where their weight and their activations are."""
 
 import operator
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +13,14 @@ from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import get_attribute
 from fxmse.passes.attention import find_attention
+from fxmse.passes.constants import find_sources, is_moved, list_attributes, measure_shape
 from fxmse.passes.movement import find_parameter
 from fxmse.passes.operation import Argument, Operand, Operation, Weight
 from fxmse.passes.stand_ins import find_call, find_module
+from fxmse.passes.versions import Versions
 from fxmse.passes.weight_view import WeightView
 
-__all__ = ["find_opaque_modules", "find_operations"]
+__all__ = ["find_fused", "find_opaque_modules", "find_operations"]
 
 aten = torch.ops.aten
 
@@ -90,8 +93,14 @@ _PRODUCTS: dict[Callable[..., Any] | str, _Signature] = {
     _GROUPED_MM_FALLBACK: replace(_GROUPED_MM, input=Argument(0, "input"), weight=Argument(1, "weight")),
 }
 
+# What is several products in one call, none of which can be told apart in the graph.
+_FUSED = {
+    *("multi_head_attention_forward", "_transformer_encoder_layer_fwd", "_native_multi_head_attention", "bilinear"),
+    *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "einsum"),
+}
 
-def find_operations(graph_module: GraphModule) -> list[Operation]:
+
+def find_operations(graph_module: GraphModule, versions: Versions) -> list[Operation]:
     """What can be quantized, in the graph's order."""
     operations: list[Operation] = []
     # A module's attention may be called again, but a second one in the same call is another.
@@ -106,10 +115,10 @@ def find_operations(graph_module: GraphModule) -> list[Operation]:
             class_name = "scaled_dot_product_attention"
             path, module = find_module(graph_module, node, class_name)
             operations.append(Operation(node, class_name, path, module, False, None, operands))
-        if signature := _WITH_WEIGHT.get(node.target):
-            operations.append(_make_weighted(graph_module, node, signature))
+        if signature := _find_signature(graph_module, node):
+            operations.append(_make_weighted(graph_module, versions, node, signature))
         elif signature := _find_product(node):
-            operations.append(_make_product(graph_module, node, signature))
+            operations.append(_make_product(graph_module, versions, node, signature))
     attention_nodes = {
         node for o in operations if o.is_attention for node in (o.node, *(operand.reader for operand in o.operands))
     }
@@ -117,6 +126,20 @@ def find_operations(graph_module: GraphModule) -> list[Operation]:
         replace(o, is_part_of_attention=o.node in attention_nodes and not o.is_attention and not o.has_weight)
         for o in operations
     ]
+
+
+def _find_signature(graph_module: GraphModule, node: Node) -> _Signature | None:
+    """Where an op has its weight, if it has one; of a product it depends on what the factors are."""
+    if node.target is not aten.convolution.default:
+        return _WITH_WEIGHT.get(node.target)  # type: ignore[arg-type]
+    # Of any number of dimensions, transposed or not: what decomposed graphs have for all convolutions.
+    is_transposed, stride = node.args[6], node.args[3]
+    num_dims = len(stride)  # type: ignore[arg-type]
+    return (
+        replace(_transposed_convolution(num_dims), groups=Argument(8, "groups"))
+        if is_transposed
+        else _convolution(num_dims)
+    )
 
 
 def _get_factors(node: Node) -> tuple[Argument, Argument] | None:
@@ -128,10 +151,9 @@ def _find_product(node: Node) -> _Signature | None:
     return _PRODUCTS.get(node.target) or _PRODUCTS.get(str(node.target))
 
 
-def _make_weighted(graph_module: GraphModule, node: Node, signature: _Signature) -> Operation:
-    weight = _find_weight(graph_module, node, signature)
-    parameter = str(weight.parameter.target) if weight else None
-    path, module = find_module(graph_module, node, signature.class_name, parameter)
+def _make_weighted(graph_module: GraphModule, versions: Versions, node: Node, signature: _Signature) -> Operation:
+    weight = _find_weight(graph_module, versions, node, signature)
+    path, module = find_module(graph_module, node, signature.class_name, weight.name if weight else None)
     operands: tuple[Operand, ...] = ()
     if signature.input:
         is_channels_last = signature.layout in ("rows", "columns")
@@ -139,14 +161,14 @@ def _make_weighted(graph_module: GraphModule, node: Node, signature: _Signature)
     return Operation(node, signature.class_name, path, module, True, weight, operands)
 
 
-def _make_product(graph_module: GraphModule, node: Node, signature: _Signature) -> Operation:
+def _make_product(graph_module: GraphModule, versions: Versions, node: Node, signature: _Signature) -> Operation:
     assert signature.input
     if _is_parameter(graph_module, node, signature):
-        return _make_weighted(graph_module, node, replace(signature, class_name="Linear"))
+        return _make_weighted(graph_module, versions, node, replace(signature, class_name="Linear"))
     # Weights (out, in) on the left, times columns of activations.
     swapped = replace(signature, class_name="Linear", weight=signature.input, input=signature.weight, layout="rows")
     if _is_parameter(graph_module, node, swapped):
-        operation = _make_weighted(graph_module, node, swapped)
+        operation = _make_weighted(graph_module, versions, node, swapped)
         return replace(operation, operands=(_look_through_column(signature.weight, node),))
     path, module = find_module(graph_module, node, signature.class_name)
     # There may be many in a module, so each is told by its node's name.
@@ -158,10 +180,19 @@ def _make_product(graph_module: GraphModule, node: Node, signature: _Signature) 
 
 
 def _is_parameter(graph_module: GraphModule, node: Node, signature: _Signature) -> bool:
-    """Whether the factor is a matrix of parameters: no vector, no constant as the frequencies of rotary embeddings."""
-    found = find_parameter(graph_module, node, signature.weight.get(node))
-    value = get_attribute(graph_module, str(found.parameter.target)) if found else None
-    return isinstance(value, nn.Parameter) and value.dim() > 1
+    """Whether the factor is a matrix of a parameter: no vector, no constant as the frequencies of rotary embeddings.
+
+    What a parameter becomes by other ops than moves is a value like others here: queries may be learned, too.
+    """
+    factor = signature.weight.get(node)
+    if found := find_parameter(graph_module, node, factor):
+        parameter = get_attribute(graph_module, str(found.parameter.target))
+        return isinstance(parameter, nn.Parameter) and (found.is_observed or parameter.dim() > 1)
+    if not isinstance(factor, Node) or not is_moved(factor):
+        return False
+    sources = [get_attribute(graph_module, str(source.target)) for source in list_attributes(factor)]
+    is_parameter = all(isinstance(source, nn.Parameter) for source in sources)
+    return is_parameter and bool(sources) and measure_shape(graph_module, factor).dim() > 1
 
 
 def _look_through_column(argument: Argument, node: Node) -> Operand:
@@ -173,18 +204,31 @@ def _look_through_column(argument: Argument, node: Node) -> Operand:
     return Operand("input", node, argument, is_channels_last=False)
 
 
-def _find_weight(graph_module: GraphModule, node: Node, signature: _Signature) -> Weight | None:
-    found = find_parameter(graph_module, node, signature.weight.get(node))
-    if not found:
+def _find_weight(graph_module: GraphModule, versions: Versions, node: Node, signature: _Signature) -> Weight | None:
+    """The parameter whose rows are the weight's; else the weight as it is read, where it follows from parameters."""
+    value, layout = signature.weight.get(node), signature.layout
+    groups = (signature.groups and signature.groups.get(node)) or 1
+    found = find_parameter(graph_module, node, value, is_matrix=layout in ("rows", "columns"))
+    if found and not versions.is_written(found.parameter):
+        parameter = get_attribute(graph_module, str(found.parameter.target))
+        if found.is_transposed:
+            layout = {"rows": "columns", "columns": "rows"}[layout]
+        view = WeightView(layout, tuple(parameter.shape), groups)
+        argument = signature.weight if found.reader is node else Argument(0, "input")
+        return Weight(
+            _name_parameter(found.parameter), found.parameter, found.reader, argument, view, found.is_observed
+        )
+    sources = find_sources(graph_module, versions, value)
+    if not sources or not isinstance(value, Node):
         return None
-    shape = get_attribute(graph_module, str(found.parameter.target)).shape
-    groups = signature.groups and signature.groups.get(node)
-    layout = signature.layout
-    if found.is_transposed:
-        layout = {"rows": "columns", "columns": "rows"}.get(layout, layout)
-    view = WeightView(layout, tuple(shape), groups or 1)
-    argument = signature.weight if found.reader is node else Argument(0, "input")
-    return Weight(found.parameter, found.reader, argument, view, found.is_observed)
+    view = WeightView(layout, tuple(measure_shape(graph_module, value).shape), groups)
+    name = max(sources, key=lambda source: get_attribute(graph_module, str(source.target)).numel())
+    return Weight(_name_parameter(name), value, node, signature.weight, view, is_observed=False)
+
+
+def _name_parameter(attribute: Node) -> str:
+    """The dotted path of a parameter; of one that a parametrization is computed of, that of what it stands for."""
+    return re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", str(attribute.target))
 
 
 def find_opaque_modules(graph_module: GraphModule) -> dict[tuple[str, str], nn.Module]:
@@ -205,3 +249,23 @@ def find_opaque_modules(graph_module: GraphModule) -> dict[tuple[str, str], nn.M
 def _list_calls(graph_module: GraphModule) -> Iterator[tuple[str, nn.Module]]:
     for node in graph_module.graph.find_nodes(op="call_module"):
         yield str(node.target), graph_module.get_submodule(str(node.target))
+
+
+def find_fused(graph_module: GraphModule) -> Iterator[tuple[str, str, nn.Module, str]]:
+    """Whose weights calls read that are several ops in one: path, class, module, and the function's name."""
+    for node in graph_module.graph.nodes:
+        function = _get_function_name(node)
+        if function not in _FUSED:
+            continue
+        for source in node.all_input_nodes:
+            found = find_parameter(graph_module, node, source)
+            parameter = get_attribute(graph_module, str(found.parameter.target)) if found else None
+            if found and isinstance(parameter, nn.Parameter) and parameter.dim() > 1:
+                path, module = find_module(graph_module, node, "Linear", str(found.parameter.target))
+                yield path, "Linear", module, function
+
+
+def _get_function_name(node: Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.partition("::")[2]
+    return getattr(node.target, "__name__", "")

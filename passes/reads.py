@@ -1,21 +1,21 @@
 """Configs and graphs to reads: which values are quantized where, and what cannot be."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxmse.capture.attributes import get_attribute
-from fxmse.config import Matches, Site, check_dynamic_shape, make_site, match_schemes
+from fxmse.config import MODULES_KEY, AllLeftInFloatError, Matches, Site, check_dynamic_shape, make_site, match_schemes
 from fxmse.formats.layout import Layout
+from fxmse.passes.constants import measure_shape
 from fxmse.passes.operation import Argument, Operation, Weight
-from fxmse.passes.probe import find_probe
-from fxmse.passes.quantizable_ops import find_opaque_modules, find_operations
+from fxmse.passes.probe import find_probe, find_probes
+from fxmse.passes.quantizable_ops import find_fused, find_opaque_modules, find_operations
+from fxmse.passes.versions import Versions, find_regions, list_operands
 
 __all__ = ["Read", "find_reads"]
 
@@ -26,15 +26,17 @@ class Read:
 
     Attributes:
         site: the site.
-        value: the node that is read; a weight's is its get_attr node.
+        value: the node that is read; a weight's is its get_attr node, or the one that computes it.
+        version: of the value, where the graph writes it in place (:class:`fxmse.passes.versions.Versions`).
         reader: the node that reads it.
         argument: where; None stands for every reader (an operation's output).
         operation: what the site belongs to.
-        weight: what the value is the parameter of.
+        weight: what the value is the weight of.
     """
 
     site: Site
     value: Node
+    version: int
     reader: Node
     argument: Argument | None
     operation: Operation
@@ -47,36 +49,87 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
     What stays float though a target names it is said in one warning.
 
     Raises:
+        AllLeftInFloatError: nothing of what is targeted can be quantized.
         ValueError: values that cannot be quantized as the config asks; all are named, each with its reason.
     """
-    operations = find_operations(graph_module)
-    opaque = find_opaque_modules(graph_module)
+    versions = Versions(graph_module)
+    operations = find_operations(graph_module, versions)
+    weighted = {(o.path, o.class_name): o.module for o in operations if o.has_weight}
+    hidden = _find_hidden(graph_module, {path for path, _ in weighted})
     matches = match_schemes(
         config,
-        {**{(o.path, o.class_name): o.module for o in operations if o.has_weight}, **opaque},
+        {**weighted, **{key: module for key, (module, _) in hidden.items()}},
         {(o.path, o.class_name): o.module for o in operations if not o.has_weight},
     )
-    hidden = [key[0] for key in opaque if key in matches.modules]
-    left_in_float = [f"{path} (its hooks, options or own forward hide its weight)" for path in hidden]
+    left_in_float = [f"{key[0]} ({reason})" for key, (_, reason) in hidden.items() if key in matches.modules]
     refused, reads = [], []
     for operation in operations:
         scheme = _find_scheme(operation, matches, config.kv_cache_scheme)
         if scheme is None:
             continue
-        left_in_float += _list_left_in_float(operation, scheme)
+        left_in_float += _list_left_in_float(graph_module, operation, scheme)
+        if scheme.weights and operation.has_weight and not _has_values(graph_module, operation):
+            continue  # an input alone would bring an error without any gain
         for request in _list_requests(graph_module, operation, scheme):
             try:
-                reads.append(_make_read(graph_module, operation, request))
+                reads.append(_make_read(graph_module, versions, operation, request))
             except ValueError as error:
                 refused.append(str(error))
     if config.kv_cache_scheme and not any(operation.is_attention for operation in operations):
         left_in_float.append("the kv cache (no scaled_dot_product_attention or softmax(q k) v is in the graph)")
-    if left_in_float:
-        warnings.warn(f"left in float: {'; '.join(dict.fromkeys(left_in_float))}", UserWarning, stacklevel=2)
+    left = "; ".join(dict.fromkeys(left_in_float))
+    if left and not reads and not refused and not any(find_probes(graph_module)):
+        raise AllLeftInFloatError(f"all that the config targets stays in float: {left}")
+    if left:
+        warnings.warn(f"left in float: {left}", UserWarning, stacklevel=2)
     if refused:
         names = "\n  ".join(dict.fromkeys(refused))
         raise ValueError(f"the config asks for what cannot be quantized so:\n  {names}")
     return reads
+
+
+def _find_hidden(graph_module: GraphModule, seen: set[str]) -> dict[tuple[str, str], tuple[nn.Module, str]]:
+    """Modules that a config may target but whose ops are not ``seen`` in the graph, and why, by path and class."""
+    found = {
+        key: (module, "its hooks, options or own forward hide its weight")
+        for key, module in find_opaque_modules(graph_module).items()
+    }
+    for path, class_name, module, function in find_fused(graph_module):
+        found.setdefault((path, class_name), (module, f"{function} reads its weight, one call of several products"))
+    for path, operator_name, operation in _list_regions(graph_module):
+        if path not in seen:
+            reason = f"{operator_name} runs it, whose graphs are not quantized"
+            found.setdefault((path, operation.class_name), (operation.module, reason))
+    named = seen.union(path for path, _ in found)
+    for path, module in graph_module.meta.get(MODULES_KEY, {}).items():
+        has_matrix = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+        if has_matrix and path not in named:
+            reason = "no op of the graph that can be quantized reads its weight"
+            found[path, type(module).__name__] = module, reason
+    return found
+
+
+def _list_regions(graph_module: GraphModule) -> Iterator[tuple[str, str, Operation]]:
+    """The operations with a weight in the graphs that branches and loops run: whose they are, and what runs them."""
+    for node in graph_module.graph.nodes:
+        for region in find_regions(graph_module, node):
+            placeholders = region.graph.find_nodes(op="placeholder")
+            operands = dict(zip(placeholders[::-1], list_operands(node)[::-1], strict=False))
+            for operation in find_operations(region, Versions(region)):
+                if operation.has_weight:
+                    yield _find_owner(operation, operands), node.target.name(), operation
+            yield from _list_regions(region)
+
+
+def _find_owner(operation: Operation, operands: Mapping[Node, Node]) -> str:
+    """The module whose parameter an operation in a region reads, which is an operand of the region."""
+    for source in operation.node.all_input_nodes:
+        while source.op == "call_function" and source.args and isinstance(source.args[0], Node):
+            source = source.args[0]
+        operand = operands.get(source)
+        if operand is not None and operand.op == "get_attr":
+            return str(operand.target).rpartition(".")[0]
+    return operation.path
 
 
 def _find_scheme(
@@ -92,10 +145,18 @@ def _find_scheme(
     return scheme
 
 
-def _list_left_in_float(operation: Operation, scheme: QuantizationScheme) -> Iterator[str]:
+def _has_values(graph_module: GraphModule, operation: Operation) -> bool:
+    """Whether an operation's weight is there and not empty."""
+    return operation.weight is not None and measure_shape(graph_module, operation.weight.value).numel() > 0
+
+
+def _list_left_in_float(graph_module: GraphModule, operation: Operation, scheme: QuantizationScheme) -> Iterator[str]:
     where = operation.path or operation.node.name
     if scheme.weights and operation.has_weight and not operation.weight:
-        yield f"the weight of {where} (it is computed in the graph)"
+        yield f"{where} (its weight depends on the data, or the graph writes it)"
+        return
+    if scheme.weights and operation.has_weight and not _has_values(graph_module, operation):
+        yield f"{where} (its weight is empty)"
     if scheme.input_activations and not operation.operands:
         yield f"the input of {where} (it is an index)"
 
@@ -116,10 +177,10 @@ class _Request:
 
 def _list_requests(graph_module: GraphModule, operation: Operation, scheme: QuantizationScheme) -> Iterator[_Request]:
     node, weight = operation.node, operation.weight
-    leaf = str(weight.parameter.target).rpartition(".")[2] if weight else "weight"
+    leaf = weight.name.rpartition(".")[2] if weight else "weight"
     prefix = "" if leaf == "weight" else f"{leaf}_"
     if scheme.weights and weight and not weight.is_observed:
-        yield _Request("weight", prefix, scheme.weights, weight.parameter, weight.reader, weight.argument, weight)
+        yield _Request("weight", prefix, scheme.weights, weight.value, weight.reader, weight.argument, weight)
     for operand in operation.operands:
         value = operand.argument.get(operand.reader)
         # A kv cache, whose scheme has no targets, holds no queries.
@@ -140,7 +201,7 @@ def _list_requests(graph_module: GraphModule, operation: Operation, scheme: Quan
             yield _Request("output", prefix, scheme.output_activations, node, node, None)
 
 
-def _make_read(graph_module: GraphModule, operation: Operation, request: _Request) -> Read:
+def _make_read(graph_module: GraphModule, versions: Versions, operation: Operation, request: _Request) -> Read:
     """Raises ValueError for what cannot be, as far as the graph knows now."""
     site = make_site(operation.path, request.prefix, request.role, request.args)
     if not request.is_channels_last and site.args.strategy != "tensor":
@@ -154,8 +215,7 @@ def _make_read(graph_module: GraphModule, operation: Operation, request: _Reques
     tensor = value.meta.get("val")
     if request.weight:
         # Its shape and dtype are enough, and cost no copy.
-        parameter = get_attribute(graph_module, str(value.target))
-        tensor = request.weight.view.apply(torch.empty_like(parameter, device="meta"))
+        tensor = request.weight.view.apply(measure_shape(graph_module, value))
     if isinstance(tensor, Tensor):
         if not tensor.is_floating_point():
             raise ValueError(f"{site.name} has dtype {tensor.dtype}: expected a float dtype")
@@ -166,4 +226,5 @@ def _make_read(graph_module: GraphModule, operation: Operation, request: _Reques
                 Layout.of(site.args, site.role).qparam_shape(tensor.shape)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
-    return Read(site, value, request.reader, request.argument, operation, request.weight)
+    version = versions.find(value, request.reader)
+    return Read(site, value, version, request.reader, request.argument, operation, request.weight)

@@ -24,9 +24,9 @@ FORMATS = {
     ),
     **{name: preset_name_to_scheme(name, ["Linear"]) for name in ("W4A16", "FP8", "NVFP4")},
 }
-# Projections from 8 channels, which no group size of these formats divides, and weights of blocks, whose inputs cannot
-# be reached from outside of the module.
-IGNORED = ["re:.*dt_proj$", "re:.*rg_lru$"]
+# Projections from 8 channels, which no group size of these formats divides, weights of blocks, whose inputs cannot be
+# reached from outside of the module, and an einsum's.
+IGNORED = ["re:.*dt_proj$", "re:.*rg_lru$", "re:.*rel_attn$"]
 
 
 def make_config(format_name):

@@ -276,3 +276,32 @@ def test_what_a_program_was_calibrated_with_can_be_saved_again(folder, tmp_path)
     program, extra = load_program(folder / "mlp.pt2")
     save_program(program, tmp_path / "again.pt2", {"note": "text", **extra})
     assert load_program(tmp_path / "again.pt2")[1]["note"] == "text"
+
+
+def test_a_program_of_positional_inputs_takes_named_data(tmp_path, capsys):
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.randn(16, 8)
+    dynamic = ({0: torch.export.Dim.AUTO},)
+    torch.export.save(torch.export.export(model, (x[:4],), dynamic_shapes=dynamic), tmp_path / "model.pt2")
+    torch.export.save(torch.export.export(model, (x[:4],)), tmp_path / "static.pt2")
+    save_file({"input": x}, tmp_path / "x.safetensors")
+    for name, batches in (("model", 2), ("static", 4)):
+        arguments = ["--scheme", "W8A8", "--data", tmp_path / "x.safetensors", "--out", tmp_path / "q.pt2"]
+        assert run("quantize", tmp_path / f"{name}.pt2", *arguments) == 0
+        assert f"W8A8, {batches} batches" in capsys.readouterr().out
+
+
+def test_names_that_a_program_does_not_have_are_one_line(tmp_path, capsys):
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(8, 4)
+
+        def forward(self, x, y):
+            return self.fc(x) + self.fc(y)
+
+    x = torch.randn(4, 8)
+    torch.export.save(torch.export.export(Two(), (x, x + 1)), tmp_path / "model.pt2")
+    save_file({"x": x, "z": x + 1}, tmp_path / "x.safetensors")
+    arguments = ["--scheme", "W8A8", "--data", tmp_path / "x.safetensors", "--out", tmp_path / "q.pt2"]
+    assert run("quantize", tmp_path / "model.pt2", *arguments) == 1
+    assert_one_line(capsys, r"batch 1 of the data has x .*, z .*: expected input 0 .*, input 1")

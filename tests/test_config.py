@@ -169,7 +169,6 @@ def test_sites_have_names_and_default_observers():
     ("role", "args", "named"),
     [
         ("weight", make_args(dynamic=True), "fc.weight: dynamic=True: weights are static"),
-        ("weight", make_args(strategy="channel", actorder="weight"), "fc.weight: actorder=weight has no meaning here"),
         ("output", make_args(3, "float", dynamic=True, zp_dtype=torch.int8), "fc.output: num_bits=3, type=float"),
         ("input", make_args(4, symmetric=False, zp_dtype=torch.uint8), "fc.input: zp_dtype=torch.uint8 cannot hold"),
         ("weight", make_args(strategy="attn_head"), "fc.weight: strategy=attn_head makes no sense"),

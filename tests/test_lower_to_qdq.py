@@ -157,3 +157,47 @@ def test_inductor_takes_the_pairs_for_its_int8_kernels():
     assert counters["inductor"]["qlinear_weight_prepack_matcher_count"] == 2
     # A step of the inputs' grid, where a value lies half-way between two.
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # torch's own, of freezing
+@pytest.mark.parametrize("factors", [{"beta": 0.1, "alpha": 2.0}, {"alpha": 3}, {}])
+def test_a_product_that_is_scaled_stays_as_it_is(factors):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(32, 64)), nn.Parameter(torch.randn(64))
+
+        def forward(self, x):
+            return torch.addmm(self.bias, x, self.weight, **factors)
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 32)
+    # Weights of 7 bits, which kernels without VNNI compute as others do.
+    config = make_config(weights={"num_bits": 7, "strategy": "channel"}, inputs={"num_bits": 8, "symmetric": False})
+    quantized = fxmse.quantize(Added(), config, [x], progress=False)
+    expected = quantized(x)
+    if factors:
+        with pytest.warns(UserWarning, match="the product that reads it has a factor alpha or beta"):
+            LowerToQDQ()(quantized)
+    else:
+        LowerToQDQ()(quantized)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        torch.testing.assert_close(torch.compile(quantized)(x), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_a_computed_weight_stays_as_it_is():
+    class Computed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight / self.weight.norm())
+
+    x = torch.randn(4, 8)
+    config = make_config(weights={"num_bits": 8, "strategy": "tensor"}, inputs={"num_bits": 8, "symmetric": False})
+    quantized = fxmse.quantize(Computed(), config, [x], progress=False)
+    expected = quantized(x)
+    with pytest.warns(UserWarning, match=r"weight \(a weight that is computed in the graph\)"):
+        LowerToQDQ()(quantized)
+    torch.testing.assert_close(quantized(x), expected, rtol=1e-5, atol=1e-5)

@@ -442,3 +442,12 @@ def test_the_state_machine_is_pure_functions_of_states(name):
         observer(batch)
     assert torch.equal(observer.finish(observer.state).max_vals, finished.max_vals)
     assert torch.equal(observer.finish(observer.state).min_vals, finished.min_vals)
+
+
+@pytest.mark.parametrize("top", [1.6e38, 1.8e38, 3.4e38])
+def test_a_range_wider_than_float32_has_its_scale(top):
+    args = make_args(8, symmetric=False)
+    observer = Observer.load_from_registry("static_minmax", base_name="input", args=args)
+    qparams = observer(torch.tensor([[-top, top, 0.5 * top]])).get_qparams()
+    torch.testing.assert_close(qparams["scale"].double(), torch.tensor([2 * top / 255], dtype=torch.float64))
+    assert abs(qparams["zero_point"].item()) <= 1

@@ -200,3 +200,11 @@ def test_dynamic_compiles_to_its_arithmetic_and_exports_as_one_node(name, tmp_pa
     torch.export.save(program, tmp_path / "module.pt2")
     other = torch.randn(3, 12, 96)
     assert torch.equal(torch.export.load(tmp_path / "module.pt2").module()(other), Module()(other))
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "token"])
+def test_dynamic_values_without_tokens(strategy):
+    x = torch.randn(0, 8)
+    for symmetric in (True, False):
+        found = dynamic_fake_quantize(x, None, 8, "int", symmetric, strategy)
+        assert found.shape == x.shape

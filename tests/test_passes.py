@@ -408,10 +408,12 @@ def test_what_stays_float_is_said_once():
             self.fc = nn.Linear(4, 4)
 
         def forward(self, x):
-            return self.fc(nn.functional.linear(x, self.weight * 2))
+            return self.fc(nn.functional.linear(x, self.weight * x.mean()))
 
     graph_module = torch.fx.symbolic_trace(Computed())
-    with pytest.warns(UserWarning, match=r"left in float: the weight of linear \(it is computed in the graph\)$"):
+    with pytest.warns(
+        UserWarning, match=r"left in float: linear \(its weight depends on the data, or the graph writes it\)$"
+    ):
         InsertObservers(make_config())(graph_module)
     graph_module = torch.fx.symbolic_trace(Attention())
     with pytest.warns(UserWarning, match=r"left in float: the input of embedding \(it is an index\)$"):

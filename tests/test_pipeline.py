@@ -329,3 +329,29 @@ def test_nvfp4_weights_have_a_global_scale():
     quantized = fxmse.quantize(torch.fx.symbolic_trace(model), config, progress=False)
     assert quantized.state_dict()["0.weight_global_scale"].shape == (1,)
     assert quantized.state_dict()["0.weight_scale"].shape == (8, 2)
+
+
+@pytest.mark.parametrize(("batches", "kind"), [(torch.randn(6, 8), "tensor"), ({"x": torch.randn(6, 8)}, "dict")])
+def test_one_batch_is_not_taken_for_several(batches, kind):
+    model, config = nn.Sequential(nn.Linear(8, 4)), make_config(inputs={"num_bits": 8})
+    observed = fxmse.prepare(torch.fx.symbolic_trace(model), config)
+    for run in (lambda: fxmse.quantize(model, config, batches), lambda: fxmse.calibrate(observed, batches)):
+        with pytest.raises(ValueError, match=f"batches is one {kind}: expected a list or another iterable of batches"):
+            run()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_an_empty_layer_is_left_alone():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.none, self.some = nn.Linear(8, 0), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return torch.cat([self.none(x), self.some(x)], -1)
+
+    x = torch.randn(2, 8)
+    with pytest.warns(UserWarning, match=r"left in float: none \(its weight is empty\)"):
+        quantized = fxmse.quantize(Empty(), make_config(inputs={"num_bits": 8}), [x], progress=False)
+    assert quantized(x).shape == (2, 4)
+    assert {name for name in quantized.state_dict() if "scale" in name} == {"some.weight_scale", "some.input_scale"}

@@ -1,6 +1,7 @@
 """torch.compile as the calibration step: a backend that observes, and runs the quantized graph once it is folded."""
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch.fx import GraphModule
 from fxmse.calibration.observing import observe_or_roll_back
 from fxmse.capture.front_ends import copy_graph_module
 from fxmse.capture.lifted import Lifted, bind_parameters, find_lifted
-from fxmse.config import Config, NothingMatchedError, resolve_config
+from fxmse.config import AllLeftInFloatError, Config, NothingMatchedError, resolve_config
 from fxmse.observers.base import QPARAMS
 from fxmse.observers.importance import Importance
-from fxmse.passes import FoldFakeQuant, InsertObservers
+from fxmse.passes import FoldFakeQuant, InlineRegions, InsertObservers
 from fxmse.passes.probe import Probe, find_importances, find_probes
 
 __all__ = ["Calibration"]
@@ -61,11 +62,14 @@ class Calibration:
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """What Dynamo runs in place of a graph."""
         observed = copy_graph_module(graph_module)
+        InlineRegions()(observed)  # before parameters are bound, which are inputs of regions, too
         bound = self._bind_parameters(observed, example_inputs)
         try:
             InsertObservers(self._config)(observed)
         except NothingMatchedError as error:
             self._nothing_matched = error
+            if isinstance(error, AllLeftInFloatError):
+                warnings.warn(f"in one of the model's graphs {error}", UserWarning, stacklevel=2)
             return _Plain(graph_module, self).run
         self._share_probes(observed)
         graph = _Graph(observed, bound)
@@ -91,7 +95,11 @@ class Calibration:
         if not self._graphs:
             if self._nothing_matched:
                 raise self._nothing_matched
-            raise ValueError("no graph was calibrated: run the compiled model on sample data before fold()")
+            raise ValueError(
+                "no graph was calibrated: run the compiled model on sample data before fold(). If it ran, Dynamo "
+                "compiled nothing of it, as with recurrent layers and data-dependent indices that break its graphs: "
+                "use fxmse.prepare with a traced or exported model"
+            )
         quantized = [graph.make_quantized() for graph in self._graphs]
         for graph, graph_module in zip(self._graphs, quantized, strict=True):
             graph.replace(graph_module)

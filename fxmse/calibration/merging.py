@@ -23,12 +23,11 @@ from fxmse.calibration.ranks import Ranks, Tensors
 from fxmse.observers.base import Observer
 from fxmse.observers.importance import Importance, ImportanceState
 from fxmse.observers.states import State
-from fxmse.passes.probe import Probe, find_importances, find_probes, find_weights
+from fxmse.passes.constants import find_weights
+from fxmse.passes.probe import Probe, find_importances, find_probes, sum_bits
 
 __all__ = ["agree_on_weights", "check_alike", "describe", "merge_states", "share_out", "share_searches"]
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_AT_A_TIME = 1 << 22  # elements whose bits are held as int64 at a time
 _CPU = torch.device("cpu")
 
 
@@ -62,7 +61,7 @@ def describe(observed: GraphModule) -> dict[str, str]:
         if probe in weights:
             facts[f"{probe.name}: shape"] = tuple(weights[probe].shape)
             facts[f"{probe.name}: dtype"] = weights[probe].dtype
-            facts[f"{probe.name}: checksum"] = _sum_bits(weights[probe])
+            facts[f"{probe.name}: checksum"] = sum_bits(weights[probe])
         else:
             facts[f"{probe.name}: state"] = _digest(probe.state._asdict())
     for node, importance in find_importances(observed):
@@ -78,14 +77,6 @@ def _list_options(observer: Observer) -> list[tuple[str, object]]:
 def _digest(tensors: Mapping[str, Tensor | None]) -> str:
     present = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
     return hashlib.sha256(safetensors.torch.save(present)).hexdigest()[:12] if present else "empty"
-
-
-def _sum_bits(weight: Tensor) -> int | None:
-    """A sum that every order of adding up gives, on every device; None for a weight without values."""
-    if weight.is_meta:
-        return None
-    bits = weight.detach().contiguous().view(_INTEGERS[weight.element_size()]).flatten()
-    return sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_AT_A_TIME))
 
 
 def share_out(sizes: Sequence[int], num_ranks: int) -> list[int]:

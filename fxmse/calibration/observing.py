@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
+from fxmse.calibration.buffers import own_buffers
 from fxmse.capture.front_ends import split_inputs
 from fxmse.observers.base import describe_non_finite
 from fxmse.observers.importance import Importance
 from fxmse.ops import is_fake_quantize
 from fxmse.passes.probe import Probe, find_importances, find_probes
 
-__all__ = ["get_probes", "observe_batches", "observe_or_roll_back", "observe_weights"]
+__all__ = ["check_batches", "get_probes", "observe_batches", "observe_or_roll_back", "observe_weights"]
 
 
 def get_probes(observed: GraphModule) -> list[Probe]:
@@ -28,8 +29,19 @@ def get_probes(observed: GraphModule) -> list[Probe]:
     raise ValueError("the graph has no observers: make it with fxmse.prepare")
 
 
+def check_batches(batches: object) -> None:
+    """Raises ValueError where ``batches`` is a single one, whose rows or names would be taken for batches."""
+    if isinstance(batches, Tensor | Mapping):
+        kind = "tensor" if isinstance(batches, Tensor) else "dict"
+        raise ValueError(f"batches is one {kind}: expected a list or another iterable of batches, [{kind}]")
+
+
 def observe_weights(weights: Mapping[Probe, Tensor]) -> None:
     """Shows probes their weights."""
+    if on_meta := [probe.name for probe, rows in weights.items() if rows.is_meta]:
+        raise ValueError(
+            f"{', '.join(on_meta)} on the meta device, without values: load the weights before the calibration"
+        )
     probes = {probe.name: probe for probe in weights}
     observe_or_roll_back(probes, "the weights", lambda: [probe(rows) for probe, rows in weights.items()])
 
@@ -40,14 +52,15 @@ def observe_batches(observed: GraphModule, batches: Iterable[Any], compile: bool
     watchers |= {str(node.target): importance for node, importance in find_importances(observed)}
     compiled = torch.compile(observed, fullgraph=True, dynamic=True) if compile else observed
     count = 0
-    for count, batch in enumerate(batches, 1):
-        args, kwargs = split_inputs(batch)
-        if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves((args, kwargs))):
-            raise ValueError(f"batch {count} is empty: expected tensors of at least one element")
-        # The first batch gives the observers their states, and what a graph is compiled for changes no more.
-        run = compiled if count > 1 else observed
-        uncompiled = functools.partial(observed, *args, **kwargs)
-        observe_or_roll_back(watchers, f"batch {count}", functools.partial(run, *args, **kwargs), uncompiled)
+    with own_buffers(observed):
+        for count, batch in enumerate(batches, 1):
+            args, kwargs = split_inputs(batch)
+            if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves((args, kwargs))):
+                raise ValueError(f"batch {count} is empty: expected tensors of at least one element")
+            # The first batch gives the observers their states, and what a graph is compiled for changes no more.
+            run = compiled if count > 1 else observed
+            uncompiled = functools.partial(observed, *args, **kwargs)
+            observe_or_roll_back(watchers, f"batch {count}", functools.partial(run, *args, **kwargs), uncompiled)
     return count
 
 

@@ -4,14 +4,16 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
-from fxmse.config import CONFIG_KEY
+from fxmse.capture.evaluation import evaluate
+from fxmse.capture.exporting import export_module, warn_if_fixed, without_cache
+from fxmse.config import CONFIG_KEY, MODULES_KEY
 
-__all__ = ["capture", "copy_graph_module", "let_vary", "split_inputs"]
+__all__ = ["capture", "copy_graph_module", "split_inputs"]
 
 
 def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None, dynamic_shapes: Any = None) -> GraphModule:
@@ -19,33 +21,43 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None, dyna
 
     Args:
         model: a GraphModule (``torch.fx.symbolic_trace``, or an ExportedProgram's ``module()``) or an ExportedProgram,
-            taken as they are; any other module is exported, in evaluation mode.
+            taken as they are; any other module is exported. All compute as in evaluation mode.
         example_inputs: for a module that is exported: a dict of keyword arguments, a tuple or list of positional
             ones, or one tensor.
-        dynamic_shapes: as torch.export takes it; by default every dimension that can vary may.
+        dynamic_shapes: as torch.export takes it; by default dimensions may vary
+            (:func:`fxmse.capture.exporting.export_module`).
 
     Raises:
-        ValueError: a module without example inputs.
+        ValueError: a module without example inputs, or with such as it does not take.
     """
-    if isinstance(model, ExportedProgram):
-        return copy_graph_module(model.module())
-    if isinstance(model, GraphModule):
-        return copy_graph_module(model)
+    if isinstance(model, ExportedProgram | GraphModule):
+        captured = copy_graph_module(model.module() if isinstance(model, ExportedProgram) else model)
+        evaluate(captured)
+        return captured
     if example_inputs is None:
         raise ValueError(
             f"{type(model).__name__} has to be exported, which needs example_inputs: a dict of keyword arguments, a "
             "tuple of positional ones or a tensor; or pass a GraphModule or an ExportedProgram"
         )
     args, kwargs = split_inputs(example_inputs)
-    if dynamic_shapes is None:
-        dynamic_shapes = let_vary(args, kwargs)
+    on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if on_meta and not any(tensor.is_meta for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)):
+        raise ValueError(
+            f"{', '.join(on_meta[:3])}{', ...' if on_meta[3:] else ''} on the meta device, the example inputs are not: "
+            "load the weights first"
+        )
     was_training = {module: module.training for module in model.modules()}
     try:
-        exported = torch.export.export(model.eval(), args, kwargs, dynamic_shapes=dynamic_shapes)
+        with without_cache(model):
+            exported = export_module(model.eval(), args, kwargs, dynamic_shapes)
+            if dynamic_shapes is None:
+                warn_if_fixed(model, exported)
     finally:
         for module, training in was_training.items():
             module.training = training
-    return copy_graph_module(exported.module())
+    captured = copy_graph_module(exported.module())
+    captured.meta[MODULES_KEY] = dict(model.named_modules())
+    return captured
 
 
 def copy_graph_module(graph_module: GraphModule) -> GraphModule:
@@ -63,13 +75,3 @@ def split_inputs(inputs: Any) -> tuple[tuple, dict[str, Any]]:
     if isinstance(inputs, tuple | list):
         return tuple(inputs), {}
     return (inputs,), {}
-
-
-def let_vary(args: tuple, kwargs: dict[str, Any]) -> Any:
-    """``dynamic_shapes`` for torch.export with which every dimension may vary that can."""
-    specs = torch.utils._pytree.tree_map(_let_all_vary, (args, kwargs))
-    return specs[1] if kwargs else specs[0]
-
-
-def _let_all_vary(value: Any) -> dict[int, Any] | None:
-    return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None

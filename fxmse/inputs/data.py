@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils._pytree import tree_leaves
 
 from fxmse.capture.front_ends import split_inputs
 
-__all__ = ["check_batches", "read_batches", "take_inputs"]
+__all__ = ["check_batches", "find_batch_size", "order_inputs", "read_batches", "take_inputs"]
 
 Batch = Any
 
@@ -163,6 +164,29 @@ def check_batches(batches: list[Batch], program: ExportedProgram | None = None) 
                 f"batch {number} of the data has {_print_inputs(found)}: expected {_print_inputs(expected)}"
             )
     return batches
+
+
+def order_inputs(batches: list[Batch], program: ExportedProgram) -> list[Batch]:
+    """Batches of inputs by the program's names, in its order where it was exported with positional ones."""
+    if program.example_inputs is None or program.example_inputs[1]:
+        return batches
+    names = [str(name) for name in program.graph_signature.user_inputs]
+    return [
+        tuple(batch[name] for name in names) if isinstance(batch, Mapping) and set(batch) == set(names) else batch
+        for batch in batches
+    ]
+
+
+def find_batch_size(program: ExportedProgram) -> int | None:
+    """How many samples a program takes that was exported for batches of one size; None where that may vary."""
+    values = [
+        node.meta["val"]
+        for node in program.graph.find_nodes(op="placeholder")
+        if node.name in program.graph_signature.user_inputs
+    ]
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+    fixed = {int(size) for size in sizes if is_concrete_int(size)}
+    return fixed.pop() if len(fixed) == 1 and all(map(is_concrete_int, sizes)) else None
 
 
 def _describe_batch(batch: Any) -> dict[str, str]:

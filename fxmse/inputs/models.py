@@ -1,7 +1,5 @@
 """Models from files: Hugging Face folders and .pt2 programs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,25 +49,12 @@ class Source:
         args, kwargs = self.program.example_inputs
         return kwargs or args
 
-    @contextmanager
-    def without_cache(self) -> Iterator[None]:
-        """Switches a language model's cache off within a ``with`` block: it is no part of what is quantized."""
-        config: Any = getattr(self.model, "config", None)
-        if not hasattr(config, "use_cache"):
-            yield
-            return
-        before, config.use_cache = config.use_cache, False
-        try:
-            yield
-        finally:
-            config.use_cache = before
-
 
 def load_source(path: Path) -> Source:
     """The model of a folder, in evaluation mode, or the program of a .pt2.
 
     Raises:
-        ValueError: neither is there, or the .pt2 is none or holds code.
+        ValueError: neither is there, the .pt2 is none or holds code, or the folder's model is quantized.
     """
     if path.suffix == ".pt2":
         return Source(path, program=load_program(path)[0])
@@ -78,6 +63,8 @@ def load_source(path: Path) -> Source:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{path} is quantized already: expected the float model that it was made of")
     names = getattr(config, "architectures", None) or []
     model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     # Safetensors alone: a .bin is unpickled.

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxmse.observers.base import QPARAMS
-from fxmse.passes.probe import Probe, find_probes, find_weights
+from fxmse.passes.constants import find_weights
+from fxmse.passes.probe import Probe, find_probes
 
 __all__ = ["load_qparams"]
 
@@ -48,6 +49,11 @@ def load_qparams(observed: GraphModule, path: str | os.PathLike[str]) -> GraphMo
     probes = list(dict.fromkeys(probe for _, probe in find_probes(observed)))
     if not probes:
         raise ValueError("the graph has no observers: make it with fxmse.prepare")
+    if reordered := [name for name in tensors if name.endswith("_g_idx")]:
+        raise ValueError(
+            f"{path} has {reordered[0]}: its columns are in groups of another order (actorder=group), which is not "
+            "implemented"
+        )
     qparams = _decompress(tensors, _list_schemes(probes))
     weights = find_weights(observed)
     problems, given = [], {}

@@ -235,8 +235,11 @@ class Observer(Stateful[State], RegistryMixin):
         if state.range is None:
             return {"scale": None, "zero_point": None, "global_scale": global_scale}
         min, max = state.range
-        scale, zero_point = calculate_qparams(min.minimum(max), max.maximum(min), self.args, global_scale)
-        scale = torch.where(min > max, -scale, scale)
+        low, high = min.minimum(max), max.maximum(min)
+        # A range may be wider than float32 holds. A power of two changes no rounding, and no zero point.
+        factor = torch.where((high.clamp(min=0) - low.clamp(max=0)).isinf(), 0.25, 1.0)
+        scale, zero_point = calculate_qparams(low * factor, high * factor, self.args, global_scale)
+        scale = torch.where(min > max, -scale, scale) / factor
         if global_scale is None:
             scale = round_scale(scale, state.like.dtype).to(state.like.dtype)
         return {"scale": scale, "zero_point": zero_point, "global_scale": global_scale}

@@ -154,8 +154,11 @@ def _set_qparams(model: nn.Module, sites: Mapping[str, Mapping[str, Tensor | Non
         path, _, role = site.rpartition(".")
         module = model.get_submodule(path)
         found = {kind: getattr(module, f"{role}_{kind}", None) for kind in QPARAMS}
-        if not hasattr(module, "quantization_scheme") or any(
-            value is not None and found[kind] is None for kind, value in qparams.items()
+        # transformers loads a quantized embedding as one in float.
+        if (
+            isinstance(module, nn.Embedding)
+            or not hasattr(module, "quantization_scheme")
+            or any(value is not None and found[kind] is None for kind, value in qparams.items())
         ):
             homeless.append(site)
             continue
@@ -172,8 +175,8 @@ def _set_qparams(model: nn.Module, sites: Mapping[str, Mapping[str, Tensor | Non
             parameter.data = value.detach().to(parameter.device).clone()
     if homeless:
         raise ValueError(
-            f"a compressed-tensors checkpoint has no place for {'; '.join(homeless)}: it holds values of Linear, "
-            "Embedding and attention modules. Leave these out of the config, or save the graph as a .pt2"
+            f"a compressed-tensors checkpoint has no place for {'; '.join(homeless)}: it holds values of Linear "
+            "and attention modules. Leave these out of the config, or save the graph as a .pt2"
         )
 
 

@@ -9,7 +9,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from fxmse.capture.front_ends import let_vary, split_inputs
+from fxmse.capture.exporting import export_module
+from fxmse.capture.front_ends import split_inputs
 from fxmse.ops import DECOMPOSITIONS
 from fxmse.outputs.files import replace_file
 
@@ -24,14 +25,13 @@ def export(
     Args:
         quantized: a graph from ``fxmse.convert``.
         example_inputs: a dict of keyword arguments, a tuple of positional ones, or a tensor.
-        dynamic_shapes: as torch.export takes it; by default every dimension may vary that could in the graph.
+        dynamic_shapes: as torch.export takes it; by default dimensions may vary that could in the graph, of images the
+            batch alone.
         decompose: whether fake-quantize nodes become the arithmetic they stand for, so that a process that loads the
             program needs torch alone. Otherwise it imports ``fxmse.ops`` first, and finds one node a site.
     """
     args, kwargs = split_inputs(example_inputs)
-    if dynamic_shapes is None:
-        dynamic_shapes = let_vary(args, kwargs)
-    program = torch.export.export(quantized, args, kwargs, dynamic_shapes=dynamic_shapes)
+    program = export_module(quantized, args, kwargs, dynamic_shapes)
     return program.run_decompositions(DECOMPOSITIONS) if decompose else program
 
 

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 from fxmse.capture.lifted import bind_parameters, find_lifted
 from fxmse.config import Config, NothingMatchedError, resolve_config
 from fxmse.observers.base import QPARAMS
-from fxmse.passes import FoldFakeQuant, InsertObservers
+from fxmse.passes import FoldFakeQuant, InlineRegions, InsertObservers
 from fxmse.passes.probe import find_probes
 
 __all__ = ["FakeQuantizePass"]
@@ -57,6 +57,7 @@ class FakeQuantizePass(CustomGraphPass):
     def _rewrite(self, graph: Graph) -> None:
         graph_module = graph.owning_module
         assert graph_module is not None
+        InlineRegions()(graph_module)
         lifted = find_lifted(graph_module)
         stand_ins = {entry: (entry.name, _make_stand_in(entry.node.meta["example_value"])) for entry in lifted}
         bind_parameters(graph_module, stand_ins)

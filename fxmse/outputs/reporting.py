@@ -10,6 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxmse.calibration.buffers import own_buffers
 from fxmse.capture.attributes import get_attribute
 from fxmse.capture.front_ends import copy_graph_module, split_inputs
 from fxmse.observers.base import Observer
@@ -64,9 +65,10 @@ def report(quantized: GraphModule, batches: Iterable[Any]) -> list[SiteReport]:
     if not recorders:
         raise ValueError("the graph has no fake-quantize nodes: make it with fxmse.convert")
     watched.recompile()
-    for batch in batches:
-        args, kwargs = split_inputs(batch)
-        watched(*args, **kwargs)
+    with own_buffers(watched):
+        for batch in batches:
+            args, kwargs = split_inputs(batch)
+            watched(*args, **kwargs)
     if not recorders[0].has_seen:
         raise ValueError("no batches: a report needs at least one")
     return [recorder.summarise() for recorder in recorders]
