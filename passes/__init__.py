@@ -26,6 +26,7 @@ The passes:
 - ``functionalize_modules``: calls of modules become functional, so that weights are visible.
 - ``insert_observers``: probes on the values that a config wants quantized.
 - ``fold_fake_quant``: probes become fake-quantize nodes.
+- ``int8_patterns``: Inductor's patterns for the next one.
 - ``lower_to_qdq``: int8 fake-quantize nodes become pairs for Inductor's kernels.
 """
 

@@ -15,6 +15,7 @@ from fxmse.capture.attributes import get_attribute
 from fxmse.ops import FAKE_QUANTIZE, is_fake_quantize
 from fxmse.passes.base import GraphPass
 from fxmse.passes.fold_fake_quant import SITES_KEY
+from fxmse.passes.int8_patterns import register_int8_patterns
 
 __all__ = ["LowerToQDQ"]
 
@@ -31,7 +32,8 @@ class LowerToQDQ(GraphPass):
     """Replaces static int8 fake-quantize nodes by ``quantized_decomposed`` quantize and dequantize nodes.
 
     Compiled without gradients while ``torch._inductor.config.freezing`` is set, Inductor runs products of two such
-    values as int8 kernels on x86 CPUs. Rules:
+    values as int8 kernels on x86 CPUs. The pass registers torchao's patterns for them where torch has none of its own
+    (2.14 and later), and warns where there are neither. Rules:
 
     1. An activation of 8 bits per tensor is quantized to uint8, zero points moved by 128 (which is what VNNI
        multiplies), and dequantized once for each of its readers.
@@ -61,12 +63,14 @@ class LowerToQDQ(GraphPass):
             elif not reasons[node] and _is_weight(node) and _is_scaled(node):
                 reasons[node] = "the product that reads it has a factor alpha or beta"
         lowered = [node for node in nodes if not reasons[node]]
+        if lowered:
+            register_int8_patterns()
         for node in lowered:
             (_lower_weight if _is_weight(node) else _lower_activation)(graph_module, node)
         # Rule 4.
         left = [f"{_get_name(node)} ({reason})" for node, reason in reasons.items() if reason]
         if left:
-            warnings.warn(f"not lowered to int8, still fake-quantized: {'; '.join(left)}", UserWarning, stacklevel=4)
+            warnings.warn(f"not lowered to int8, still fake-quantized: {'; '.join(left)}", UserWarning, stacklevel=3)
         return bool(lowered)
 
 

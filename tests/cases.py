@@ -1,10 +1,14 @@
 """Formats and data that the tests share."""
 
+import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
+
+# For tests that copy graphs deeply, or call what of torch does: torch up to 2.13 says so of a class of its own.
+copies_pytree_specs = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 
 
 def make_args(num_bits: int = 8, type: str = "int", strategy: str = "tensor", **kwargs) -> QuantizationArgs:

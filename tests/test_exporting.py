@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from cases import MXFP4, NVFP4, make_args
+from cases import MXFP4, NVFP4, copies_pytree_specs, make_args
 from models import W8A8, Attention, make_config
 from torch import nn
 
@@ -86,6 +86,7 @@ def test_an_exported_program_keeps_its_dynamic_shapes(tmp_path):
 
 
 @torch.no_grad()
+@copies_pytree_specs
 def test_aot_inductor_packages_it(quantized, tmp_path):
     program = fxmse.export(quantized["int8"], make_inputs(5)[0], decompose=True)
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))

@@ -1,7 +1,12 @@
 """int8 fake-quantize nodes as pairs that Inductor's int8 kernels take."""
 
 import re
+import subprocess
+import sys
 import warnings
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,8 @@ from models import FRONT_ENDS, W8A8, Attention, Convolutions, make_config, make_
 from printing import print_graph
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.fx_passes import mkldnn_fusion
+from torch._inductor.utils import run_and_get_code
 
 import fxmse
 from fxmse.capture.front_ends import copy_graph_module
@@ -21,6 +28,16 @@ from fxmse.passes import LowerToQDQ
 INPUTS = {"num_bits": 8, "symmetric": False}
 CONVOLUTIONS = make_config("Linear", "Conv1d", "Conv2d", "Conv3d", inputs=INPUTS)
 BF16 = torch.bfloat16
+# Who registers Inductor's patterns: torch up to 2.13, and torchao.
+TORCHS_OWN = "_register_quantization_weight_pack_pass"
+TORCHAOS = "torchao.quantization.pt2e.inductor_passes.x86"
+
+needs_patterns = pytest.mark.skipif(
+    not hasattr(mkldnn_fusion, TORCHS_OWN) and find_spec("torchao") is None,
+    reason="torch 2.14 and later need fxmse[int8]",
+)
+# Where they are needed, their absence is no matter of the other tests.
+pytestmark = pytest.mark.filterwarnings("ignore:int8 products will run in float.*torchao")
 
 
 def make_mlp(dtype=torch.float32):
@@ -141,6 +158,17 @@ def test_float16_stays():
         assert not LowerToQDQ()(quantized).modified
 
 
+def run_frozen(quantized, x):
+    """The outputs of a lowered graph that Inductor compiled, and the names of the kernels that it calls."""
+    counters.clear()
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), torch._inductor.config.patch(freezing=True):
+        warnings.simplefilter("ignore")  # torch's own, of freezing
+        found, code = run_and_get_code(torch.compile(quantized), x)
+    return found, re.findall(r"(?:torch\.ops\.onednn|extern_kernels)\.(\w+)[.\w]*\(", "".join(code))
+
+
+@needs_patterns
 @torch.no_grad()
 def test_inductor_takes_the_pairs_for_its_int8_kernels():
     # Of 7 bits, which multiply without saturating where a CPU has no VNNI.
@@ -149,12 +177,9 @@ def test_inductor_takes_the_pairs_for_its_int8_kernels():
     assert (quantized.get_buffer("0.weight_scale") < 0).any()  # as others
     expected = quantized(x)
     LowerToQDQ()(quantized)
-    counters.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of freezing
-        with torch._inductor.config.patch(freezing=True):
-            found = torch.compile(quantized)(x)
+    found, kernels = run_frozen(quantized, x)
     assert counters["inductor"]["qlinear_weight_prepack_matcher_count"] == 2
+    assert kernels == ["qlinear_pointwise"] * 2
     # A step of the inputs' grid, where a value lies half-way between two.
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
@@ -201,3 +226,67 @@ def test_a_computed_weight_stays_as_it_is():
     with pytest.warns(UserWarning, match=r"weight \(a weight that is computed in the graph\)"):
         LowerToQDQ()(quantized)
     torch.testing.assert_close(quantized(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make_layer", "shape", "kernel"),
+    [
+        (partial(nn.Linear, 32, 16), (16, 32), "qlinear"),
+        (partial(nn.Conv1d, 8, 16, 3, padding=1), (4, 8, 9), "qconv"),
+        (partial(nn.Conv2d, 4, 16, 3, groups=2), (4, 4, 9, 9), "qconv"),
+    ],
+    ids=["linear", "conv1d", "conv2d"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@needs_patterns
+@torch.no_grad()
+def test_a_product_its_bias_and_relu_are_one_int8_kernel(make_layer, shape, kernel, dtype):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make_layer(), nn.ReLU()).to(dtype).eval(), torch.randn(shape).to(dtype)
+    config = make_config(make_layer.func.__name__, weights={"num_bits": 7, "strategy": "channel"}, inputs=INPUTS)
+    quantized = fxmse.quantize(model, config, [x], progress=False)
+    expected = quantized(x)
+    LowerToQDQ()(quantized)
+    found, kernels = run_frozen(quantized, x)
+    assert counters["inductor"][f"{kernel}_weight_prepack_matcher_count"] == 1
+    assert kernels == [f"{kernel}_pointwise"]
+    # In bfloat16 the folded graph rounds each product with a scale, where the kernel dequantizes in float32.
+    tolerance = 1e-2 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_patterns_that_nobody_has_are_said(monkeypatch):
+    monkeypatch.delattr(mkldnn_fusion, TORCHS_OWN, raising=False)
+    monkeypatch.setitem(sys.modules, TORCHAOS, None)  # cannot be imported
+    quantized, x = quantize_mlp(W8A8)
+    expected = quantized(x)
+    with pytest.warns(UserWarning, match=r"int8 products will run in float: .* pip install 'fxmse\[int8\]'") as caught:
+        LowerToQDQ()(quantized)
+    assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
+    torch.testing.assert_close(quantized(x), expected, rtol=1e-5, atol=1e-5)
+    LowerToQDQ()(quantized)  # has nothing to lower, and nothing to say
+
+
+def test_a_torch_without_onednn_is_said(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    quantized, _ = quantize_mlp(W8A8)
+    with pytest.warns(UserWarning, match="int8 products will run in float: this torch has no oneDNN"):
+        LowerToQDQ()(quantized)
+
+
+@pytest.mark.skipif(not hasattr(mkldnn_fusion, TORCHS_OWN), reason="the other tests are of torchao's patterns")
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_torchaos_patterns_do_where_torch_has_none():
+    # What torch 2.14 took away is taken away here, in a process of its own: patterns are registered for good.
+    code = f"""
+import torch
+from torch._inductor.fx_passes import mkldnn_fusion
+del mkldnn_fusion.{TORCHS_OWN}
+mkldnn_fusion._mkldnn_weight_pack_init = lambda: (
+    mkldnn_fusion._register_weight_pack_pass(), mkldnn_fusion._recover_linear()
+)
+import test_lower_to_qdq as tests
+tests.test_inductor_takes_the_pairs_for_its_int8_kernels()
+assert torch._inductor.config.pre_grad_custom_pass is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)

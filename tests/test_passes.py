@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import NVFP4, make_args
+from cases import NVFP4, copies_pytree_specs, make_args
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle import fake_quantize
 from expecttest import Expect
@@ -151,6 +151,7 @@ return [linear_2]"""),
 }
 
 
+@copies_pytree_specs
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_insert_observers_golden(front_end):
     model, inputs = Attention().eval(), Attention.make_inputs()

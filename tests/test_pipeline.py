@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from cases import NVFP4, make_weight
+from cases import NVFP4, copies_pytree_specs, make_weight
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
 from models import FRONT_ENDS, W8A8, Attention, make_config, make_front_ends
 from torch import nn
@@ -124,6 +124,7 @@ def test_weights_only_schemes_need_no_data():
     assert torch.equal(with_calibration(x), without(x))
 
 
+@copies_pytree_specs
 def test_a_folded_graph_copies_saves_exports_compiles_and_moves(tmp_path):
     quantized, (x, *_) = quantize(inputs={"num_bits": 8}), make_batches()
     expected = quantized(x)
@@ -148,6 +149,7 @@ def test_a_folded_graph_copies_saves_exports_compiles_and_moves(tmp_path):
     assert quantized.get_parameter("0.weight").grad.abs().sum() > 0
 
 
+@copies_pytree_specs
 def test_an_observed_graph_compiles_as_a_whole():
     observed = fxmse.prepare(make_mlp(), make_config(inputs={"num_bits": 8}), make_batches()[0])
     expected = copy.deepcopy(observed)
@@ -159,6 +161,7 @@ def test_an_observed_graph_compiles_as_a_whole():
         torch.testing.assert_close(ours, eager, msg=name)
 
 
+@copies_pytree_specs
 @pytest.mark.parametrize(
     "inputs",
     [

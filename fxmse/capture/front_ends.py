@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fxmse.capture.evaluation import evaluate
@@ -62,9 +62,22 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None, dyna
 
 def copy_graph_module(graph_module: GraphModule) -> GraphModule:
     """A copy with a graph and containers of its own, and the same parameters, buffers and leaf modules."""
-    copied = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    copied = GraphModule(graph_module, _copy_graph(graph_module.graph))
     if CONFIG_KEY in graph_module.meta:
         copied.meta[CONFIG_KEY] = graph_module.meta[CONFIG_KEY]
+    return copied
+
+
+def _copy_graph(graph: Graph) -> Graph:
+    """A deep copy, but for the pytree specs of how the graph is called, which never change.
+
+    torch up to 2.13 warns of a deprecated class of its own whenever one of those is copied.
+    """
+    copied = Graph(tracer_cls=graph._tracer_cls)
+    copies: dict[Node, Node] = {}
+    for node in graph.nodes:
+        copies[node] = copied.node_copy(node, copies.__getitem__)
+    copied.set_codegen(copy.copy(graph._codegen))
     return copied
 
 

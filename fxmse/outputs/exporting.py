@@ -1,6 +1,7 @@
 """Quantized graphs as torch.export programs, and .pt2 files of them."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,14 @@ def export(
     """
     args, kwargs = split_inputs(example_inputs)
     program = export_module(quantized, args, kwargs, dynamic_shapes)
-    return program.run_decompositions(DECOMPOSITIONS) if decompose else program
+    return _decompose(program) if decompose else program
+
+
+def _decompose(program: ExportedProgram) -> ExportedProgram:
+    with warnings.catch_warnings():
+        # torch up to 2.13 says so of a class of its own, when it copies the program's pytree specs.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        return program.run_decompositions(DECOMPOSITIONS)
 
 
 def save_program(
