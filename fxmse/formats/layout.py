@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxmse.formats.grids import Format
 
-__all__ = ["MAX_ELEMENTS", "Layout"]
+__all__ = ["MAX_ELEMENTS", "Layout", "enlarge"]
 
 _STRATEGIES = {
     "weight": ("tensor", "channel", "group", "tensor_group", "block"),
@@ -24,7 +24,15 @@ _STRATEGIES = {
 # units; with the first dimension only where rows would be very short.
 _LONG_ROW, _SHORT_ROW = 256, 32
 MAX_ELEMENTS = 1 << 20
-"""Elements that may be copied at a time, where no view will do."""
+"""Elements that may be copied at a time, where no view will do; :func:`enlarge` it."""
+
+
+def enlarge(limit: int, device: torch.device) -> int:
+    """A limit of a tile's size that is made for a CPU's caches, as it is on ``device``.
+
+    A GPU evaluates 20 candidates of 2 ** 20 elements in less time than the CPU takes to call for it.
+    """
+    return limit if device.type == "cpu" else 16 * limit
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class Layout:
         return (*shape[:-1], groups) if self.base_name == "weight" else (groups,)
 
     def tiles(self, value: Tensor, max_groups: int) -> Iterator[Tensor]:
-        """Cuts ``value`` into tiles [O, Q, G] of at most about ``max_groups`` groups and 2 ** 20 elements each.
+        """Cuts ``value`` into tiles [O, Q, G] of at most about ``max_groups`` groups and ``MAX_ELEMENTS`` each.
 
         Tiles are views; where blocks are filled up, copies, one at a time. A tile of blocks has two dimensions Q, and
         the rows of a block for O. Only weights are cut: each of an activation's groups is spread over all of its
@@ -107,7 +115,8 @@ class Layout:
                 yield from self._block_tiles(matrix, max_groups)
         elif self.base_name == "weight":
             groups = value.reshape(-1, self.group_size or value.shape[-1])
-            for part in groups.split(max(1, min(max_groups, MAX_ELEMENTS // groups.shape[1]))):
+            max_elements = enlarge(MAX_ELEMENTS, value.device)
+            for part in groups.split(max(1, min(max_groups, max_elements // groups.shape[1]))):
                 yield part.unsqueeze(0)
         else:
             assert self.group_size is not None
@@ -127,7 +136,7 @@ class Layout:
         size = self.group_size or shape[-1]
         by_group = channels.reshape(-1, size)
         num_groups = shape.numel() // size
-        at_a_time = max(1, min(max_groups, MAX_ELEMENTS // size))
+        at_a_time = max(1, min(max_groups, enlarge(MAX_ELEMENTS, channels.device) // size))
         for start in range(0, num_groups, at_a_time):
             rows = torch.arange(start, min(start + at_a_time, num_groups), device=channels.device)
             yield by_group if len(by_group) == 1 else by_group[rows % len(by_group)]
@@ -140,7 +149,7 @@ class Layout:
         assert self.block_structure is not None
         height, width = self.block_structure
         columns = math.ceil(value.shape[1] / width)
-        max_rows = min(max_groups // columns, MAX_ELEMENTS // (height * value.shape[1]))
+        max_rows = min(max_groups // columns, enlarge(MAX_ELEMENTS, value.device) // (height * value.shape[1]))
         num_columns = columns * width
         for rows in torch.split(value, height * max(1, max_rows)):
             if len(rows) % height or value.shape[1] != num_columns:

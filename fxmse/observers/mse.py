@@ -124,7 +124,10 @@ class MSEObserver(Observer):
         return state if self.global_scale is not None else super().update_global(state, value)
 
     def _global_scale_of(self, state: State) -> Tensor | None:
-        return self.global_scale if self.global_scale is not None else super()._global_scale_of(state)
+        if self.global_scale is None:
+            return super()._global_scale_of(state)
+        # The observer is made before it meets a value, and so its device.
+        return self.global_scale if state.like is None else self.global_scale.to(state.like.device)
 
 
 @Observer.register("memoryless_mse")

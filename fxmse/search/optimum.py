@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fxmse.formats.grids import Format
-from fxmse.formats.layout import Layout
+from fxmse.formats.layout import Layout, enlarge
 from fxmse.search.candidates import OptimumProblem
 from fxmse.search.compiling import pays_to_compile
 from fxmse.search.plan import Plan
@@ -84,9 +84,9 @@ def find_optimum(
     plan = Plan.of(format, size)
     is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.work * problem.num_signs)
     problem = replace(problem, reads_pairs=is_compiled and importance is None and holds_pairs(value, layout))
-    max_elements = find_max_elements(problem, value.dtype)
+    max_elements = find_max_elements(problem, value)
     num_candidates = problem.num_scales or max(16, len(plan.fine)) * problem.num_signs
-    max_groups = max(1, min(MAX_TABLE // num_candidates, max_elements // size))
+    max_groups = max(1, min(enlarge(MAX_TABLE, value.device) // num_candidates, max_elements // size))
     with torch.no_grad():
         tiles = cut_tiles(value, layout, max_groups, importance)
         found = [search_tile(problem, plan, tile, global_scale, is_compiled) for tile in tiles]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fxmse.formats.grids import Format
-from fxmse.formats.layout import Layout
+from fxmse.formats.layout import Layout, enlarge
 from fxmse.search.compiling import MIN_COMPILED, pays_to_compile, reads_flags, run, unrolls
 from fxmse.search.options import SearchOptions
 from fxmse.search.patience import (
@@ -110,8 +110,8 @@ def shrink_ranges(
     problem = replace(problem, reads_pairs=reads_pairs)
     # With few stored scales a dozen tables are held at a time, else three.
     max_groups = min(
-        MAX_TABLE // (4 * problem.num_scales if problem.num_scales else num_steps),
-        find_max_elements(problem, value.dtype) * math.prod(shape) // value.numel(),
+        enlarge(MAX_TABLE, value.device) // (4 * problem.num_scales if problem.num_scales else num_steps),
+        find_max_elements(problem, value) * math.prod(shape) // value.numel(),
     )
     cut = functools.partial(cut_tiles, value, layout, max_groups, importance)
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxmse.formats.grids import Format
-from fxmse.formats.layout import MAX_ELEMENTS, Layout
+from fxmse.formats.layout import MAX_ELEMENTS, Layout, enlarge
 from fxmse.search.compiling import is_traced, run
 from fxmse.search.power import AbsolutePower
 
@@ -37,8 +37,9 @@ __all__ = [
 ]
 
 MAX_TABLE = 1 << 18
-"""Entries of a table [C, Q]: 1 MiB in float32, 2 MiB in float64, whatever the value's size."""
-# Elements of half precision that are copied to float32 at a time, where they cannot be read as pairs.
+"""Entries of a table [C, Q]: 1 MiB in float32, 2 MiB in float64, whatever the value's size; ``enlarge`` it."""
+# Elements of half precision that are copied to float32 at a time, where they cannot be read as pairs: as fit a CPU's
+# cache.
 _MAX_COPIED = 1 << 18
 _HALF = (torch.bfloat16, torch.float16)
 # Groups are cut into parts of one of these lengths. It is a constant of the graph: the innermost loop needs no check
@@ -105,9 +106,10 @@ def cut_tiles(value: Tensor, layout: Layout, max_groups: int, importance: Tensor
     return map(cut_groups, layout.tiles(value.detach(), max_groups), weights)
 
 
-def find_max_elements(arithmetic: Arithmetic, dtype: torch.dtype) -> int:
+def find_max_elements(arithmetic: Arithmetic, value: Tensor) -> int:
     """How many elements of a value a tile may have, so that copies stay small."""
-    return _MAX_COPIED if dtype in _HALF and not arithmetic.reads_pairs else MAX_ELEMENTS
+    is_copied = value.dtype in _HALF and not arithmetic.reads_pairs
+    return _MAX_COPIED if is_copied and value.device.type == "cpu" else enlarge(MAX_ELEMENTS, value.device)
 
 
 def _choose_part(length: int, parts: tuple[int, ...], default: int) -> int:
@@ -145,7 +147,8 @@ def measure_pairs(arithmetic: Arithmetic, values_OQPG: Tensor) -> Range:
 @torch.no_grad()
 def measure_tiles(value: Tensor, layout: Layout, is_compiled: bool) -> Range:
     """The smallest and largest value of each group, [Q]."""
-    tiles = (cut_groups(tile, None).values_OQPG for tile in layout.tiles(value.detach(), MAX_TABLE))
+    max_groups = enlarge(MAX_TABLE, value.device)
+    tiles = (cut_groups(tile, None).values_OQPG for tile in layout.tiles(value.detach(), max_groups))
     parts = [run(is_compiled, measure, None, tile) for tile in tiles]
     return Range(torch.cat([part.min for part in parts]), torch.cat([part.max for part in parts]))
 
@@ -161,9 +164,9 @@ def count_parts(arithmetic: Arithmetic, values_OQPG: Tensor, num_candidates: int
     """Into how many parts the observations are cut, so that copies and tables stay small."""
     if is_traced(values_OQPG):
         return 1
-    num_parts = -(-values_OQPG.shape[:-1].numel() * num_candidates // MAX_TABLE)
+    num_parts = -(-values_OQPG.shape[:-1].numel() * num_candidates // enlarge(MAX_TABLE, values_OQPG.device))
     if values_OQPG.dtype in _HALF and not arithmetic.reads_pairs:
-        num_parts = max(num_parts, -(-values_OQPG.numel() // _MAX_COPIED))
+        num_parts = max(num_parts, -(-values_OQPG.numel() // find_max_elements(arithmetic, values_OQPG)))
     return max(1, min(num_parts, len(values_OQPG)))
 
 
