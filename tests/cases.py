@@ -5,6 +5,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from fxmse.formats.layout import Layout
+
 FP8 = torch.float8_e4m3fn
 
 # For tests that copy graphs deeply, or call what of torch does: torch up to 2.13 says so of a class of its own.
@@ -82,3 +84,9 @@ def make_weight(kind: str, rows: int = 24, columns: int = 96, seed: int = 0) -> 
 
 
 DISTRIBUTIONS = ("normal", "heavy", "skewed", "special")
+
+
+def as_groups(value: Tensor, args: QuantizationArgs, base_name: str = "weight") -> Tensor:
+    """The elements of each group, (groups, elements), in the order of the scales."""
+    tiles = Layout.of(args, base_name).tiles(value, 1 << 20)
+    return torch.cat([tile.flatten(1, -2).transpose(0, 1).flatten(1) for tile in tiles])

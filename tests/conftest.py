@@ -1,6 +1,8 @@
-"""Searches are compiled in tests, as they are for models of real size. Workers of pytest-xdist share the cores.
+"""Searches run uncompiled in tests, but where a test says that compiling is its subject.
 
-Each test has its own random numbers, whatever ran before it.
+tests/test_compiling.py and tests/test_optimum.py hold the compiled searches to the uncompiled ones. Workers of
+pytest-xdist share the cores, and all of them Inductor's cache on disk. Each test has its own random numbers, whatever
+ran before it.
 """
 
 import os
@@ -16,8 +18,32 @@ if num_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # of the processes that tests start
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests that are marked 'device' run what they test")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where values are searched, counted and quantized; what is expected of them is calculated on the CPU."""
+    return torch.device(request.config.getoption("device"))
+
+
 @pytest.fixture(autouse=True, scope="session")
+def uncompiled_searches():
+    with compilation("never"):
+        yield
+
+
+@pytest.fixture
 def compiled_searches():
+    """Compiles whatever has at least 4096 elements."""
     with compilation("always"):
         yield
 

@@ -26,21 +26,21 @@ def as_counter(counts, dtype):
 @pytest.mark.parametrize("mode", ["always", "never"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 5, 32), (8, 512, 64)])
-def test_values_of_16_bits_are_counted_exactly(shape, dtype, mode):
+def test_values_of_16_bits_are_counted_exactly(shape, dtype, mode, device):
     value = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) ** 3).to(dtype)
     value.flatten()[:100] = 0
     with compilation(mode), mock.patch("torch.get_num_threads", return_value=2):
-        counts = count(value, TENSOR)
+        counts = count(value.to(device), TENSOR).cpu()
     assert counts.shape == (1, count_patterns(dtype))
     assert as_counter(counts[0], dtype) == Counter(value.float().flatten().tolist())
 
 
 @pytest.mark.parametrize("mode", ["always", "never"])
-def test_values_of_32_bits_are_known_to_a_thousandth(mode):
+def test_values_of_32_bits_are_known_to_a_thousandth(mode, device):
     value = make_weight("heavy", rows=64, columns=128)
     value[0] = 0
     with compilation(mode):
-        counts = count(value, TENSOR)[0]
+        counts = count(value.to(device), TENSOR)[0].cpu()
     found = list_values(torch.float32, torch.device("cpu")).repeat_interleave(counts).sort().values
     expected = value.flatten().sort().values
     assert ((found - expected).abs() <= 2.0**-10 * expected.abs()).all()
@@ -49,9 +49,9 @@ def test_values_of_32_bits_are_known_to_a_thousandth(mode):
 
 @pytest.mark.parametrize("mode", ["always", "never"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_each_group_and_head_has_a_table(dtype, mode):
-    value = torch.randn(8, 20, 64).to(dtype)
-    states = torch.randn(4, 6, 20, 16).to(dtype)
+def test_each_group_and_head_has_a_table(dtype, mode, device):
+    value = torch.randn(8, 20, 64).to(device, dtype)
+    states = torch.randn(4, 6, 20, 16).to(device, dtype)
     with compilation(mode):
         groups, heads = count(value, GROUP), count(states, HEAD)
         for group, part in enumerate(value.unflatten(-1, (4, 16)).unbind(2)):
@@ -81,16 +81,18 @@ def test_strides_do_not_matter():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_is_found(dtype):
-    value = torch.tensor([1.0, float("nan"), -2.0, float("inf"), float("-inf"), torch.finfo(dtype).max]).to(dtype)
+def test_what_is_not_finite_is_found(dtype, device):
+    value = torch.tensor([1.0, float("nan"), -2.0, float("inf"), float("-inf"), torch.finfo(dtype).max]).to(
+        device, dtype
+    )
     assert count_non_finite(count(value, TENSOR), dtype) == 3
     assert count_non_finite(count(value[:1], TENSOR), dtype) == 0
     assert count_non_finite(count(value[-1:], TENSOR), dtype) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_counts_of_16_bits_become_those_of_32(dtype):
-    value = (torch.randn(64, 32) ** 3).to(dtype)
+def test_counts_of_16_bits_become_those_of_32(dtype, device):
+    value = (torch.randn(64, 32) ** 3).to(device, dtype)
     wide = convert_counts(count(value, TENSOR), dtype, torch.float32)
     assert torch.equal(wide, count(value.float(), TENSOR))
     assert torch.equal(convert_counts(wide, torch.float32, torch.float64), wide)

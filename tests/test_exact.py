@@ -30,17 +30,18 @@ def make_batches(kind="skewed", count=5, dtype=torch.float32):
     return [make_weight(kind, rows=24, columns=64, seed=i).mul(1 + i / 2).to(dtype) for i in range(count)]
 
 
-def observe(name, args, batches, base_name="input", **kwargs):
+def observe(name, args, batches, base_name="input", device="cpu", **kwargs):
     if name == "exact_mse":
         kwargs = {"norm": 2.0, **kwargs}
     observer = Observer.load_from_registry(name, base_name=base_name, args=args, **kwargs)
     for batch in batches:
-        observer(batch)
+        observer(batch.to(device))
     return observer
 
 
 def get_error(observer, batches):
-    qparams, values = observer.get_qparams(), torch.cat(batches).double()
+    qparams, values = {k: v if v is None else v.cpu() for k, v in observer.get_qparams().items()}, torch.cat(batches)
+    values = values.double()
     quantized = fake_quantize(values, qparams["scale"].double(), qparams["zero_point"], observer.args)
     return (quantized - values).square().sum()
 
@@ -48,22 +49,22 @@ def get_error(observer, batches):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["normal", "heavy", "skewed"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_no_other_observer_has_less_error_over_all_batches(scheme, kind, dtype):
+def test_no_other_observer_has_less_error_over_all_batches(scheme, kind, dtype, device):
     args, batches = SCHEMES[scheme], make_batches(kind, dtype=dtype)
-    error = get_error(observe("exact_mse", args, batches), batches)
+    error = get_error(observe("exact_mse", args, batches, device=device), batches)
     for name in PEERS:
         assert error <= get_error(observe(name, args, batches), batches) * (1 + 1e-4), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int4 asymmetric", "fp8"])
-def test_the_error_is_within_half_a_percent_of_the_least(scheme, dtype):
+def test_the_error_is_within_half_a_percent_of_the_least(scheme, dtype, device):
     args, batches = SCHEMES[scheme], make_batches(count=2, dtype=dtype)
     values = torch.cat(batches).reshape(1, -1).float()
     # Stored in half precision, the scale is the nearest of those that this looks at.
     least = find_least_errors(values, args, num_scales=300 if not args.symmetric else 2000).sum()
     tolerance = 1.005 if dtype == torch.float32 else 1.02
-    assert get_error(observe("exact_mse", args, batches), batches) <= tolerance * least
+    assert get_error(observe("exact_mse", args, batches, device=device), batches) <= tolerance * least
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy", "gelu", "outliers"])

@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
-from cases import ACTIVATION_ARGS, DISTRIBUTIONS, FP8, NVFP4, WEIGHT_ARGS, make_args, make_weight
+from cases import ACTIVATION_ARGS, DISTRIBUTIONS, FP8, NVFP4, WEIGHT_ARGS, as_groups, make_args, make_weight
 from compressed_tensors.quantization.lifecycle import fake_quantize
 from compressed_tensors.quantization.utils import generate_gparam
 from llmcompressor.observers import Observer as ReferenceObserver
 from oracle import global_scale_of, sum_errors
 from oracle import search as search_by_contract
 
-from fxmse.formats.layout import Layout
 from fxmse.observers import Observer
 from fxmse.observers.states import State
 from fxmse.search.tiles import Range, cover_ranges
@@ -20,12 +19,14 @@ NAMES = ("memoryless_mse", "mse", "memoryless_minmax", "static_minmax", "minmax"
 TIE = 1e-6
 
 
-def observe(observer_class, name, base_name, args, values, **kwargs):
+def observe(observer_class, name, base_name, args, values, device="cpu", **kwargs):
     # The reference writes into the args it is given.
     observer = observer_class.load_from_registry(name, base_name=base_name, args=copy.deepcopy(args), **kwargs)
     for value in values:
-        observer(value)
-    return observer.get_qparams()
+        observer(value.to(device))
+    qparams = observer.get_qparams()
+    assert all(tensor is None or tensor.device.type == torch.device(device).type for tensor in qparams.values())
+    return {name: None if tensor is None else tensor.cpu() for name, tensor in qparams.items()}
 
 
 def assert_same_qparams(ours, reference, groups=None, args=None, norm=2.4):
@@ -48,20 +49,14 @@ def assert_same_qparams(ours, reference, groups=None, args=None, norm=2.4):
     assert (is_same | (errors[0] <= errors[1] * (1 + TIE))).all()
 
 
-def as_groups(value, base_name, args):
-    return torch.cat(
-        [tile.flatten(1, -2).transpose(0, 1).flatten(1) for tile in Layout.of(args, base_name).tiles(value, 1 << 20)]
-    )
-
-
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 @pytest.mark.parametrize("args_name", WEIGHT_ARGS)
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_have_the_references_qparams(name, args_name, kind):
+def test_weights_have_the_references_qparams(name, args_name, kind, device):
     args, weight = WEIGHT_ARGS[args_name], make_weight(kind)
-    ours = observe(Observer, name, "weight", args, [weight])
+    ours = observe(Observer, name, "weight", args, [weight], device)
     reference = observe(ReferenceObserver, name, "weight", args, [weight])
-    assert_same_qparams(ours, reference, as_groups(weight, "weight", args), args)
+    assert_same_qparams(ours, reference, as_groups(weight, args), args)
     assert ours["global_scale"] is reference["global_scale"] is None
 
 
@@ -83,7 +78,7 @@ def test_arguments_have_the_references_effect(args_name, kind, kwargs):
     args, weight = WEIGHT_ARGS[args_name], make_weight(kind)
     ours = observe(Observer, "memoryless_mse", "weight", args, [weight], **kwargs)
     reference = observe(ReferenceObserver, "memoryless_mse", "weight", args, [weight], **kwargs)
-    assert_same_qparams(ours, reference, as_groups(weight, "weight", args), args, kwargs.get("norm", 2.4))
+    assert_same_qparams(ours, reference, as_groups(weight, args), args, kwargs.get("norm", 2.4))
 
 
 def make_batches(kind, num_batches, seed=0):
@@ -97,20 +92,20 @@ def make_batches(kind, num_batches, seed=0):
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 @pytest.mark.parametrize("args_name", ACTIVATION_ARGS)
 @pytest.mark.parametrize("name", NAMES)
-def test_activations_have_the_references_qparams(name, args_name, kind, num_batches):
+def test_activations_have_the_references_qparams(name, args_name, kind, num_batches, device):
     args, batches = ACTIVATION_ARGS[args_name], make_batches(kind, num_batches)
     for base_name in ("input", "output"):
-        ours = observe(Observer, name, base_name, args, batches)
+        ours = observe(Observer, name, base_name, args, batches, device)
         reference = observe(ReferenceObserver, name, base_name, args, batches)
         assert_same_qparams(ours, reference)
 
 
 @pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 @pytest.mark.parametrize("name", NAMES)
-def test_attention_states_have_the_references_qparams(name, strategy):
+def test_attention_states_have_the_references_qparams(name, strategy, device):
     args = make_args(8, strategy=strategy)
     batches = [torch.randn(2, 4, 6, 16) * (1 + i) for i in range(3)]
-    ours = observe(Observer, name, "q", args, batches)
+    ours = observe(Observer, name, "q", args, batches, device)
     reference = observe(ReferenceObserver, name, "q", args, batches)
     assert_same_qparams(ours, reference)
 
@@ -124,16 +119,17 @@ def test_averages_weigh_as_the_references(name, constant):
     assert_same_qparams(ours, reference)
 
 
-def test_large_values_are_compiled_and_have_the_references_qparams():
+def test_large_values_have_the_references_qparams(device):
     weight = make_weight("heavy", rows=256, columns=512)
     for args_name in ("int8_channel", "int4_asym_g32", "fp8_tensor"):
         args = WEIGHT_ARGS[args_name]
-        ours = observe(Observer, "memoryless_mse", "weight", args, [weight])
+        ours = observe(Observer, "memoryless_mse", "weight", args, [weight], device)
         reference = observe(ReferenceObserver, "memoryless_mse", "weight", args, [weight])
-        assert_same_qparams(ours, reference, as_groups(weight, "weight", args), args)
+        assert_same_qparams(ours, reference, as_groups(weight, args), args)
     args = ACTIVATION_ARGS["int8_asym_tensor"]
     batches = [torch.randn(8, n, 256).exp() for n in (17, 30, 5)]
-    ours, reference = (observe(o, "mse", "input", args, batches) for o in (Observer, ReferenceObserver))
+    ours = observe(Observer, "mse", "input", args, batches, device)
+    reference = observe(ReferenceObserver, "mse", "input", args, batches)
     assert_same_qparams(ours, reference)
 
 
@@ -157,10 +153,10 @@ def search_nvfp4_by_contract(weight, global_scale=None, steps=20, grid=100.0, no
 
 @pytest.mark.parametrize("given", [None, 100.0])
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
-def test_tensor_group_follows_the_contracts_two_steps(kind, given):
+def test_tensor_group_follows_the_contracts_two_steps(kind, given, device):
     weight = make_weight(kind)
     kwargs = {"optimize_global_scale": True} if given is None else {"global_scale": torch.tensor([given])}
-    ours = observe(Observer, "memoryless_mse", "weight", NVFP4, [weight], **kwargs)
+    ours = observe(Observer, "memoryless_mse", "weight", NVFP4, [weight], device, **kwargs)
     expected = None if given is None else torch.tensor([given], dtype=torch.float64)
     global_scale, groups, found = search_nvfp4_by_contract(weight, expected)
     assert ours["global_scale"].shape == (1,)
@@ -254,7 +250,7 @@ def test_expanded_search_has_the_references_qparams(args_name, kind):
         ("memoryless_mse", {"expand": 1.3, "maxshrink": 0.5, "triton_error_buffer": 1.0}),
     ):
         ours, reference = (observe(o, name, "weight", args, [weight], **kwargs) for o in (Observer, ReferenceObserver))
-        assert_same_qparams(ours, reference, as_groups(weight, "weight", args), args)
+        assert_same_qparams(ours, reference, as_groups(weight, args), args)
 
 
 def test_fouroversix_is_a_name_of_the_expanded_search():

@@ -17,13 +17,17 @@ from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE, dynamic_fake_quantiz
 ALL_ARGS = {**WEIGHT_ARGS, "nvfp4": NVFP4}
 
 
+def move(device, value, qparams):
+    return value.to(device), {name: None if tensor is None else tensor.to(device) for name, tensor in qparams.items()}
+
+
 def find_qparams(value, args, base_name="weight"):
     return Observer.load_from_registry("memoryless_minmax", base_name=base_name, args=args)(value).get_qparams()
 
 
-def call(value, qparams, args: QuantizationArgs, op=fake_quantize):
+def call(value, qparams, args: QuantizationArgs):
     layout = Layout.of(args, "weight")
-    return op(
+    return fake_quantize(
         value,
         qparams["scale"],
         qparams["zero_point"],
@@ -43,28 +47,29 @@ def equal_bits(a, b):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", ["normal", "heavy", "special"])
 @pytest.mark.parametrize("name", ALL_ARGS)
-def test_equals_compressed_tensors_bit_for_bit(name, kind, dtype):
+def test_equals_compressed_tensors_bit_for_bit(name, kind, dtype, device):
     args, value = ALL_ARGS[name], make_weight(kind).to(dtype)
     qparams = find_qparams(value * 0.7, args)  # some values lie outside the range
     expected = reference_fake_quantize(
         value, qparams["scale"], qparams["zero_point"], args, global_scale=qparams["global_scale"]
     )
-    assert equal_bits(call(value, qparams, args), expected)
+    value, qparams = move(device, value, qparams)
+    assert equal_bits(call(value, qparams, args).cpu(), expected)
     if args.symmetric:
         # Folded graphs leave the zero point of a symmetric format out.
-        assert torch.equal(call(value, {**qparams, "zero_point": None}, args), expected)
+        assert torch.equal(call(value, {**qparams, "zero_point": None}, args).cpu(), expected)
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (2, 5, 64), (2, 3, 5, 64)])
 @pytest.mark.parametrize("name", ACTIVATION_ARGS)
-def test_activations_equal_compressed_tensors(name, shape):
+def test_activations_equal_compressed_tensors(name, shape, device):
     args, value = ACTIVATION_ARGS[name], torch.randn(shape)
     qparams = find_qparams(value, args, "input")
     if args.strategy == "group":
         # compressed-tensors takes one scale a group of channels in the shape (1, groups).
         qparams = {k: v if v is None else v[None] for k, v in qparams.items()}
     expected = reference_fake_quantize(value, qparams["scale"], qparams["zero_point"], args)
-    assert equal_bits(call(value, qparams, args), expected)
+    assert equal_bits(call(*move(device, value, qparams), args).cpu(), expected)
 
 
 @settings(max_examples=50, deadline=None)
@@ -98,16 +103,16 @@ def test_gradient_is_straight_through():
     args, value = make_args(4), torch.randn(8, 8, requires_grad=True)
     qparams = find_qparams(value.detach() * 0.5, args)
     weight = torch.randn(8, 8)
-    for function in (call, torch.compile(call, fullgraph=True)):
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
         value.grad = None
         (function(value, qparams, args) * weight).sum().backward()
         assert torch.equal(value.grad, weight)
 
 
 @pytest.mark.parametrize("name", ["int8_asym_channel", "int4_g32", "nvfp4", "fp8_block"])
-def test_inductor_sees_the_arithmetic_and_gives_equal_bits(name):
+def test_inductor_sees_the_arithmetic_and_gives_equal_bits(name, device):
     args, value = ALL_ARGS[name], make_weight("heavy")
-    qparams = find_qparams(value * 0.7, args)
+    value, qparams = move(device, value, find_qparams(value * 0.7, args))
     compiled = torch.compile(lambda value: call(value, qparams, args) + 0, fullgraph=True)
     result, (code,) = run_and_get_code(compiled, value)
     assert "fxmse" not in code
@@ -150,12 +155,14 @@ def list_dynamic_arguments(args, global_scale=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["normal", "heavy", "special"])
 @pytest.mark.parametrize("name", DYNAMIC_ARGS)
-def test_dynamic_equals_compressed_tensors_bit_for_bit(name, kind, dtype):
+def test_dynamic_equals_compressed_tensors_bit_for_bit(name, kind, dtype, device):
     args, value = DYNAMIC_ARGS[name], make_weight(kind, rows=24, columns=96).to(dtype).reshape(2, 12, 96)
     arguments = list_dynamic_arguments(args)
     scale, zero_point = compute_dynamic_scales_and_zp(value, args, module=None, global_scale=arguments[0])
     expected = reference_fake_quantize(value, scale, zero_point, args, global_scale=arguments[0])
-    found = dynamic_fake_quantize(value, *arguments)
+    global_scale, *others = arguments
+    on_device = None if global_scale is None else global_scale.to(device)
+    found = dynamic_fake_quantize(value.to(device), on_device, *others).cpu()
     # A zero point of 0 makes compressed-tensors add 0 to -0.
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)

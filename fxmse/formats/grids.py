@@ -6,7 +6,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from torch import Tensor
 
-__all__ = ["FLOAT_FORMATS", "Format", "Grid"]
+__all__ = ["FLOAT_FORMATS", "Format", "Grid", "round_to_mantissa"]
 
 # (explicit mantissa bits, smallest normal exponent, largest value) by number of bits.
 FLOAT_FORMATS = {8: (3, -6, 448.0), 6: (3, 0, 7.5), 4: (1, 0, 6.0)}  # fp8 e4m3fn, fp6 e2m3, fp4 e2m1
@@ -61,10 +61,10 @@ class Grid:
         """
         if self.type == "int":
             return torch.round(x)
-        return _round_to_mantissa(x, self.mantissa_bits, self.min_exponent)
+        return round_to_mantissa(x, self.mantissa_bits, self.min_exponent)
 
 
-def _round_to_mantissa(x: Tensor, mantissa: int, min_exponent: int) -> Tensor:
+def round_to_mantissa(x: Tensor, mantissa: int, min_exponent: int) -> Tensor:
     """Rounds to ``mantissa`` explicit bits, half to even, with subnormals below 2 ** min_exponent.
 
     Adding and taking away 1.5 * 2 ** 23 steps of the target makes the adder do the rounding; unlike a
