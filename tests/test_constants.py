@@ -80,6 +80,7 @@ READS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Reads was exported with the first dimension fixed")  # by products of one size
 @pytest.mark.parametrize("front_end", ["module", "symbolic_trace"])
 @pytest.mark.parametrize("name", READS)
 def test_rows_are_those_that_the_op_reads(name, front_end):
@@ -175,6 +176,7 @@ def test_a_changed_parameter_of_a_computed_weight_is_searched_again():
     torch.testing.assert_close(after, 2 * before)
 
 
+@pytest.mark.filterwarnings("ignore:Reads was exported with the first dimension fixed")  # by products of one size
 def test_a_second_run_changes_nothing():
     for name in ("flattened", "product", "transposed, too", "bmm of a flattened"):
         shape, read, input_shape, other = READS[name]

@@ -107,6 +107,7 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Written was exported with the first dimension fixed")  # by a reshape
 @pytest.mark.parametrize(("name", "front_end"), CASES)
 def test_a_write_between_two_readers_makes_two_values(name, front_end):
     model = Written({**METHODS, **STATEMENTS}[name]).eval()
