@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests and benchmarks on a GPU in 8 minutes, on a machine that may have no network; README.md beside this file has more.
+# Tests and benchmarks on a GPU in 8 minutes, on a machine that may have no network. README.md beside this has more.
 #
 #   benchmarks/gpu.sh [--device cuda|cpu] [--wheels FOLDER] [--out FOLDER] [--seconds 480]
 #   benchmarks/gpu.sh --collect FOLDER [--python VERSION] [--have FILE]
@@ -74,7 +74,7 @@ for path in sys.path:
 PYTHON
     [[ -d $WHEELS ]] && pip+=(--find-links "$WHEELS")
     if ! "${pip[@]}" "${REQUIREMENTS[@]}"; then
-        echo "By their own account the machine's packages and the wheels do not go together: what is missing is taken as is."
+        echo "The machine's packages and the wheels do not go together, says pip: what is missing is taken as it is."
         local missing
         mapfile -t missing < <("$ENVIRONMENT/bin/python" - "$WHEELS" <<'PYTHON'
 import importlib.metadata, pathlib, sys
@@ -88,7 +88,8 @@ PYTHON
         )
         ((${#missing[@]})) && { "${pip[@]}" --no-deps "${missing[@]}" || return; }
     fi
-    "${pip[@]}" --no-deps --editable "$REPOSITORY" || echo "fxmse is not installed; it is imported from $REPOSITORY"
+    "${pip[@]}" --no-deps --no-build-isolation --editable "$REPOSITORY" ||
+        echo "fxmse is not installed; it is imported from $REPOSITORY"
     PYTHON=$ENVIRONMENT/bin/python
     "$PYTHON" -c 'import fxmse, llmcompressor.observers; print(fxmse.__file__)'
 }
@@ -105,7 +106,7 @@ step() {
     echo "== $name, at most $limit s"
     timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
     rc=${PIPESTATUS[0]}
-    ((rc == 124 || rc == 137)) && rc="$rc (out of time)"
+    ((SECONDS - start >= limit)) && rc="$rc (out of time)"
     echo "| $name | $rc | $((SECONDS - start)) |" >>"$OUT/summary.md"
 }
 
@@ -159,8 +160,10 @@ else # a rehearsal
         "fp8 channel" "fp8 block 128" mxfp4 nvfp4) counting=(--runs 1) workers=2
 fi
 # Other machines' libraries warn of other things: here no warning is an error.
-step tests $((SECONDS_IN_ALL * 2 / 5)) "$PYTHON" -m pytest -v --device "$DEVICE" -m device -n "$workers" -W default -p no:cacheprovider tests
-step counting $((SECONDS_IN_ALL / 8)) "$PYTHON" benchmarks/counting.py --device "$DEVICE" --out "$OUT/counting.md" "${counting[@]}"
+step tests $((SECONDS_IN_ALL * 2 / 5)) "$PYTHON" -m pytest -v --device "$DEVICE" -m device -n "$workers" -W default \
+    -p no:cacheprovider tests
+step counting $((SECONDS_IN_ALL / 8)) "$PYTHON" benchmarks/counting.py --device "$DEVICE" \
+    --out "$OUT/counting.md" "${counting[@]}"
 step search "$SECONDS_IN_ALL" "$PYTHON" benchmarks/search.py --device "$DEVICE" --dtype bfloat16 \
     --out "$OUT/search.md" "${search[@]}"
 
