@@ -28,6 +28,7 @@ def minilm():
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("compiled_searches")
 def test_minilm_has_one_graph_a_scheme_and_the_references_quality(minilm):
     program, calibration, held_out = minilm
     torch._dynamo.reset()
