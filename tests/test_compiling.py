@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import DISTRIBUTIONS, MXFP4, MXFP8, NVFP4, make_args, make_weight
+from cases import DISTRIBUTIONS, MXFP4, MXFP8, NVFP4, as_groups, make_args, make_weight
 from compressed_tensors.quantization import QuantizationArgs
-from contract import assert_follows_contract, shrink_weight
+from contract import TIE, assert_follows_contract, shrink_weight
+from oracle import calculate_scale, sum_errors
 from torch._dynamo.utils import counters
 
 import fxmse.search.compiling as compiling
@@ -104,11 +105,30 @@ CASES = {
 }
 
 
-# Open: whether these groups tie or float16's scales are still rounded differently in a compiled graph.
-DIFFERING = {"int3 channel": pytest.mark.xfail(reason="2 of 384 groups differ in float16", strict=True)}
+# Those whose error the oracle knows: neither global scales nor importance nor powers of two.
+PLAIN = [
+    name
+    for name, case in CASES.items()
+    if not case.importance and not name.startswith("mx") and case.args.strategy != "tensor_group"
+]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=DIFFERING.get(name, ())) for name in CASES])
+def are_ties(case, value, differing, found):
+    """Whether ranges of the same groups have one error in float64: the contract leaves either to be chosen.
+
+    Where a group's elements are nearly on the grid, as those of a constant one, float32 does not tell such errors
+    apart: of -.7 a scale of .17 makes -.68 and one of .18 makes -.72.
+    """
+    groups = as_groups(value, case.args, case.base_name).double()[differing]
+    errors = []
+    for low, high in found:
+        low, high = low.flatten()[differing].double(), high.flatten()[differing].double()
+        scale, zero_point = calculate_scale(low, high, case.args)
+        errors.append(sum_errors(groups, scale.to(case.dtype).double(), zero_point, case.args, case.options.norm))
+    return (errors[0] - errors[1]).abs() <= TIE * errors[1]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_compiled_search_finds_what_the_uncompiled_one_does(name, device):
     case = CASES[name]
     num_groups = num_differing = 0
@@ -118,7 +138,10 @@ def test_a_compiled_search_finds_what_the_uncompiled_one_does(name, device):
         with compilation("never"):
             uncompiled = case.search(value)
         num_groups += compiled.max.numel()
-        num_differing += ((compiled.min != uncompiled.min) | (compiled.max != uncompiled.max)).sum().item()
+        differing = ((compiled.min != uncompiled.min) | (compiled.max != uncompiled.max)).flatten().nonzero()[:, 0]
+        num_differing += len(differing)
+        if len(differing) and name in PLAIN:
+            num_differing -= are_ties(case, value, differing, (compiled, uncompiled)).sum().item()
     assert num_differing <= 1e-3 * num_groups  # ties
     # What is not finite stays so.
     for bad in (torch.nan, torch.inf):
