@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import ACTIVATION_ARGS, DYNAMIC_ARGS, NVFP4, WEIGHT_ARGS, make_args, make_weight
+from cases import ACTIVATION_ARGS, DYNAMIC_ARGS, NVFP4, WEIGHT_ARGS, copies_pytree_specs, make_args, make_weight
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle import fake_quantize as reference_fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
@@ -132,6 +132,7 @@ class Quantized(torch.nn.Module):
         return call(x, qparams, self.args) * 2
 
 
+@copies_pytree_specs
 @pytest.mark.parametrize("name", ["int4_asym_g32", "nvfp4", "int8_block"])
 def test_export_keeps_one_node_and_decomposes_on_demand(name, tmp_path):
     module, value = Quantized(ALL_ARGS[name]), make_weight("heavy")

@@ -44,7 +44,7 @@ class AveragingObserver(Observer):
         num_values = torch.ones((), dtype=torch.int64, device=value.device)
         if state.num_values is not None:
             num_values = num_values + state.num_values
-        return super()._update_met(state, value)._replace(num_values=num_values)
+        return super()._update_met(state, value).replace(num_values=num_values)
 
     def accumulate(self, old: Range | None, new: Range) -> Range:
         """The moving average; the first range as it is."""
@@ -60,4 +60,4 @@ class AveragingObserver(Observer):
             state = state.with_range(average_ranges(state.range, other.range, part))
         if state.global_range is not None and other.global_range is not None:
             state = state.with_global_range(average_ranges(state.global_range, other.global_range, part))
-        return state._replace(num_values=num_values)
+        return state.replace(num_values=num_values)

@@ -132,7 +132,7 @@ class Observer(Stateful[State], RegistryMixin):
     def _meet(self, state: State, value: Tensor) -> State:
         """The state with what it has to know of a value's dtype and device."""
         if state.like is None:
-            return state._replace(like=value.new_empty(0))
+            return state.replace(like=value.new_empty(0))
         if state.like.device != value.device:  # as after loading
             state = state.to(value.device)
         return self.widen(state, value.dtype)
@@ -141,7 +141,7 @@ class Observer(Stateful[State], RegistryMixin):
         """The state of values some of which have another dtype."""
         assert state.like is not None
         wide = torch.promote_types(state.like.dtype, dtype)
-        return state if wide == state.like.dtype else state._replace(like=state.like.to(wide))
+        return state if wide == state.like.dtype else state.replace(like=state.like.to(wide))
 
     def find_importance(self, value: Tensor) -> Tensor | None:
         """How much the errors of each channel count, float32; None for all the same."""

@@ -99,8 +99,8 @@ class ExactMSEObserver(ImportanceObserver):
         value = value.to(state.like.dtype)
         if torch.compiler.is_compiling():
             layout = (self.base_name, self.layout.strategy, self.layout.group_size)
-            return state._replace(counts=torch.ops.fxmse.count(value, state.counts, *layout))
-        return state._replace(counts=count(value, self.layout, state.counts))
+            return state.replace(counts=torch.ops.fxmse.count(value, state.counts, *layout))
+        return state.replace(counts=count(value, self.layout, state.counts))
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The best range of each of a weight's groups."""
@@ -131,12 +131,12 @@ class ExactMSEObserver(ImportanceObserver):
         wide = super().widen(state, dtype)
         if wide is state or wide.like is None or state.counts is None:
             return wide
-        return wide._replace(counts=convert_counts(state.counts, state.like.dtype, wide.like.dtype))
+        return wide.replace(counts=convert_counts(state.counts, state.like.dtype, wide.like.dtype))
 
     def _merge_seen(self, state: State, other: State) -> State:
         if state.counts is None or other.counts is None:
             return super()._merge_seen(state, other)
-        return state._replace(counts=state.counts + other.counts)
+        return state.replace(counts=state.counts + other.counts)
 
     @torch.no_grad()
     def finish(self, state: State) -> State:

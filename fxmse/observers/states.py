@@ -56,11 +56,18 @@ class State(NamedTuple):
 
     def with_range(self, range: Range) -> "State":
         """The state with another range of each group."""
-        return self._replace(min_vals=range.min, max_vals=range.max)
+        return self.replace(min_vals=range.min, max_vals=range.max)
 
     def with_global_range(self, range: Range) -> "State":
         """The state with another range for the global scale."""
-        return self._replace(global_min_vals=range.min, global_max_vals=range.max)
+        return self.replace(global_min_vals=range.min, global_max_vals=range.max)
+
+    def replace(self, **fields: Tensor) -> "State":
+        """The state with other values of some fields.
+
+        As ``_replace``, whose result torch.compile of torch 2.11 cannot keep.
+        """
+        return State(**{**self._asdict(), **fields})
 
     def to(self, device: torch.device) -> "State":
         """The state on a device."""

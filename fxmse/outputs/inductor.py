@@ -110,8 +110,13 @@ def _make_stand_in(parameter: Tensor) -> nn.Parameter:
 def _make_constants(graph_module: GraphModule) -> None:
     """Has qparams be read as constants: which buffers a graph has was settled before its passes run."""
     graph = graph_module.graph
-    names = {name for name, _ in graph_module.named_buffers()}
-    for node in [node for node in graph.find_nodes(op="get_attr") if node.target in names]:
+    buffers = dict(graph_module.named_buffers())
+    for node in [node for node in graph.find_nodes(op="get_attr") if node.target in buffers]:
+        path, _, leaf = str(node.target).rpartition(".")
+        module = graph_module.get_submodule(path)
+        if leaf in module._buffers:
+            delattr(module, leaf)
+            setattr(module, leaf, buffers[str(node.target)])  # an attribute
         with graph.inserting_after(node):
             constant = graph.call_function(torch.ops.aten.lift_fresh_copy.default, (node,))
         node.replace_all_uses_with(constant, delete_user_cb=lambda user, constant=constant: user is not constant)

@@ -159,4 +159,5 @@ def _round_to_float(values: Tensor, reciprocal: Tensor, grid: Grid) -> tuple[Ten
 
 
 def _to_bits(value: float) -> int:
-    return int.from_bytes(struct.pack("<f", value), "little")
+    (bits,) = struct.unpack("<i", struct.pack("<f", value))
+    return bits

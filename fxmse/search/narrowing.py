@@ -116,8 +116,8 @@ class _Search:
         sums, places_TQ = self.sums, self._list_steps(PLACES)
         places = Places(*cross(coarse_C[:, None].expand(-1, len(self.own.min)), places_TQ))
         candidates = self._make(places)
-        best = _Best.of(self._score(candidates, sums.rough or sums.powers), candidates, places)
-        if sums.rough:
+        best = _Best.of(self._score(candidates, sums.rough), candidates, places)
+        if sums.rough is not None:
             # What the group's own range gives is a candidate, too.
             exact = best._replace(error_Q=self._score(best.candidate)[0])
             best = exact.improve(self._score(self.first), self.first, best.places)
@@ -195,7 +195,8 @@ class _Search:
 
     def _score(self, candidates: Candidates, sum_powers: Sum | None = None) -> Tensor:
         """The errors, in units of the first scale ** norm."""
-        sums_CQ = (sum_powers or self.sums.powers)(candidates)
+        # Dynamo of torch 2.11 does not know that a function is true.
+        sums_CQ = (self.sums.powers if sum_powers is None else sum_powers)(candidates)
         return sums_CQ * torch.pow(candidates.scale_CQ / self.first.scale_CQ, self.problem.power.exponent)
 
     def _list_steps(self, steps: tuple[float, ...]) -> Tensor:
