@@ -5,6 +5,7 @@ What they share, and what they put into a graph:
 - ``base``: how a pass is run.
 - ``weight_view``: parameters as rows of output channels, and back.
 - ``probe``: an observer as a node.
+- ``op_names``: the name that an op goes by.
 - ``versions``: which version of a value a node reads, where graphs write in place.
 - ``constants``: values that follow from parameters alone, as weights do.
 - ``finishing``: weights that wait for all data, and global scales that are shared.

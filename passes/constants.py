@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxmse.capture.attributes import get_attribute
+from fxmse.passes.op_names import get_op_name
 from fxmse.passes.probe import Probe, find_probe, find_probes
 from fxmse.passes.versions import Versions, may_share_memory
 
@@ -64,9 +65,7 @@ def is_moved(value: Node) -> bool:
     """Whether nothing but views and copies are on the way from attributes to ``value``."""
     if value.op == "get_attr":
         return True
-    target = value.target
-    name = target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else target
-    name = name if isinstance(name, str) else getattr(name, "__name__", "")
+    name = get_op_name(value)
     return (name in _COPIES or may_share_memory(name)) and all(map(is_moved, value.all_input_nodes))
 
 
@@ -91,7 +90,7 @@ def _is_pure(graph_module: GraphModule, node: Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         is_random = torch.Tag.nondeterministic_seeded in node.target.tags
         return not is_random and not node.target._schema.is_mutable
-    name = getattr(node.target, "__name__", "")
+    name = get_op_name(node)
     return not _RANDOM.fullmatch(name) and (not name.endswith("_") or name.endswith("__"))
 
 

@@ -16,11 +16,12 @@ from fxmse.ops import FAKE_QUANTIZE, is_fake_quantize
 from fxmse.passes.base import GraphPass
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.int8_patterns import register_int8_patterns
+from fxmse.passes.op_names import get_op_name
 
 __all__ = ["LowerToQDQ"]
 
 # Where Inductor's patterns begin: a dequantized value that one of these reads beside a dequantized weight.
-_PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "matmul", "mm", "addmm", "bmm", "baddbmm", "__matmul__")
+_PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "matmul", "mm", "addmm", "bmm", "baddbmm")
 # How a weight's rows become the parameter again (WeightView).
 _VIEWS = (torch.reshape, torch.transpose, torch.flatten, torch.unflatten)
 _UINT8_SHIFT = 128
@@ -136,7 +137,7 @@ def _find_readers(node: Node) -> Iterator[tuple[Node, Node]]:
 def _meets_int8_inputs(weight: Node, reasons: dict[Node, str]) -> bool:
     """Whether all readers of a weight are products with an activation that is lowered."""
     return all(
-        _get_op_name(reader) in _PRODUCTS
+        get_op_name(reader).lstrip("_") in _PRODUCTS
         and any(other is not weight and reasons.get(other, "-") == "" for other in reader.all_input_nodes)
         for reader, _ in _find_readers(weight)
     )
@@ -146,12 +147,6 @@ def _is_scaled(weight: Node) -> bool:
     """Whether a reader of a weight is an addmm with factors, which int8 kernels do not have."""
     factors = (reader.kwargs.get(name, 1) for reader, _ in _find_readers(weight) for name in ("alpha", "beta"))
     return any(factor != 1 for factor in factors)
-
-
-def _get_op_name(node: Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.rpartition("::")[2]
-    return getattr(node.target, "__name__", str(node.target)).lstrip("_")
 
 
 def _lower_activation(graph_module: GraphModule, node: Node) -> None:

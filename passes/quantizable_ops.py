@@ -15,6 +15,7 @@ from fxmse.capture.attributes import get_attribute
 from fxmse.passes.attention import find_attention
 from fxmse.passes.constants import find_sources, is_moved, list_attributes, measure_shape
 from fxmse.passes.movement import find_parameter
+from fxmse.passes.op_names import get_op_name
 from fxmse.passes.operation import Argument, Operand, Operation, Weight
 from fxmse.passes.stand_ins import find_call, find_module
 from fxmse.passes.versions import Versions
@@ -254,7 +255,7 @@ def _list_calls(graph_module: GraphModule) -> Iterator[tuple[str, nn.Module]]:
 def find_fused(graph_module: GraphModule) -> Iterator[tuple[str, str, nn.Module, str]]:
     """Whose weights calls read that are several ops in one: path, class, module, and the function's name."""
     for node in graph_module.graph.nodes:
-        function = _get_function_name(node)
+        function = get_op_name(node)
         if function not in _FUSED:
             continue
         for source in node.all_input_nodes:
@@ -263,9 +264,3 @@ def find_fused(graph_module: GraphModule) -> Iterator[tuple[str, str, nn.Module,
             if found and isinstance(parameter, nn.Parameter) and parameter.dim() > 1:
                 path, module = find_module(graph_module, node, "Linear", str(found.parameter.target))
                 yield path, "Linear", module, function
-
-
-def _get_function_name(node: Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.partition("::")[2]
-    return getattr(node.target, "__name__", "")

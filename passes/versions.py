@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fxmse.capture.attributes import get_attribute
+from fxmse.passes.op_names import get_op_name
 from fxmse.passes.probe import Probe
 
 __all__ = ["Versions", "find_regions", "list_operands", "may_share_memory"]
@@ -97,7 +98,7 @@ def _find_effects_by_schema(schema: torch.FunctionSchema, node: Node) -> tuple[l
 
 
 def _find_effects_by_name(node: Node) -> tuple[list[Node], list[Node]]:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = get_op_name(node)
     first = _list_nodes(node.args[0] if node.args else node.kwargs.get("input"))
     written = first if _is_in_place(name) or _get_inplace_argument(node) else []
     written = written + _list_nodes(node.kwargs.get("out"))

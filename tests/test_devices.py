@@ -52,18 +52,18 @@ def test_tiles_of_a_device_are_larger_than_a_cpus_caches(strategy):
     size = {"group_size": 128} if strategy == "group" else {}
     size |= {"block_structure": [128, 128]} if strategy == "block" else {}
     layout = Layout.of(QuantizationArgs(num_bits=8, strategy=strategy, **size), "weight")
-    value = torch.empty(8192, 8192, dtype=torch.bfloat16, device=META)
-    tiles = list(layout.tiles(value, 1 << 22))
+    value = torch.empty(1 << 15, 8192, dtype=torch.bfloat16, device=META)
+    tiles = list(layout.tiles(value, 1 << 26))
     assert len(tiles) == 4
     channels = torch.empty(8192, device=META)
     if strategy != "block":
-        assert len(list(layout.channel_tiles(channels, value.shape, 1 << 22))) == len(tiles)
+        assert len(list(layout.channel_tiles(channels, value.shape, 1 << 26))) == len(tiles)
 
 
 def test_copies_on_a_device_are_larger_than_a_cpus_caches():
     args = QuantizationArgs(num_bits=8)
     arithmetic = Arithmetic(Format.of(args), AbsolutePower.of(2.0), reads_pairs=False)
-    value = torch.empty(8192, 8192, dtype=torch.bfloat16, device=META)
-    assert find_max_elements(arithmetic, value) == 1 << 24
+    value = torch.empty(1 << 14, 1 << 14, dtype=torch.bfloat16, device=META)
+    assert find_max_elements(arithmetic, value) == 1 << 26
     tile = cut_groups(next(Layout.of(args, "weight").tiles(value, 1)), None)
     assert count_parts(arithmetic, tile.values_OQPG, 20) == 4

@@ -114,7 +114,8 @@ def test_inductor_sees_the_arithmetic_and_gives_equal_bits(name, device):
     args, value = ALL_ARGS[name], make_weight("heavy")
     value, qparams = move(device, value, find_qparams(value * 0.7, args))
     compiled = torch.compile(lambda value: call(value, qparams, args) + 0, fullgraph=True)
-    result, (code,) = run_and_get_code(compiled, value)
+    with torch._inductor.config.patch("eager_numerics.division_rounding", True):  # Triton's own is an ulp off
+        result, (code,) = run_and_get_code(compiled, value)
     assert "fxmse" not in code
     assert torch.equal(result, call(value, qparams, args))
 

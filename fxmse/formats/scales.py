@@ -60,7 +60,7 @@ def calculate_scale_and_zero_point(
         )
         return scale, torch.zeros_like(min)
     min, max = min.clamp(max=0), max.clamp(min=0)
-    scale = (max - min) / (grid.qmax - grid.qmin)
+    scale = _divide(max - min, grid.qmax - grid.qmin)
     # A dead group divides 0 by 0; compressed-tensors' integer cast turns that NaN into 0, too.
     zero_point = torch.nan_to_num((grid.qmin - min / scale).clamp(grid.qmin, grid.qmax), nan=0.0)
     if global_scale is not None:
@@ -76,8 +76,13 @@ def calculate_exact_scale(min: Tensor, max: Tensor, format: Format, global_scale
     absmax = torch.maximum(-min.clamp(max=0), max.clamp(min=0))
     if format.is_mx:
         return absmax
-    scale = absmax / ((format.grid.qmax - format.grid.qmin) / 2)
+    scale = _divide(absmax, (format.grid.qmax - format.grid.qmin) / 2)
     return scale if global_scale is None else global_scale * scale
+
+
+def _divide(value: Tensor, divisor: float) -> Tensor:
+    """The quotient, rounded once, as compressed-tensors has it: by a number a GPU multiplies with its inverse."""
+    return value / torch.full((), divisor, dtype=value.dtype, device=value.device)
 
 
 def calculate_range_of_scale(scale: Tensor, zero_point: Tensor | None, format: Format) -> tuple[Tensor, Tensor]:
