@@ -33,6 +33,7 @@ __all__ = [
     "NothingMatchedError",
     "Site",
     "check_dynamic_shape",
+    "is_named",
     "make_site",
     "match_schemes",
     "resolve_config",
@@ -44,7 +45,7 @@ Config: TypeAlias = QuantizationConfig | QuantizationScheme | Mapping[str, Any] 
 CONFIG_KEY = "fxmse_config"
 """Where an observed graph's ``meta`` has the config that its observers were inserted by; folding keeps it."""
 
-_DEFAULT_OBSERVERS = {"weight": "memoryless_mse"}  # and "mse" for every activation
+_DEFAULT_OBSERVER = "exact_mse"
 _FILES = (".json", ".yaml", ".yml")
 _DYNAMIC_STRATEGIES = ("tensor", "token", "group", "tensor_group")
 # What a checkpoint's quantization_config has beside a QuantizationConfig's fields.
@@ -93,7 +94,7 @@ def make_site(module: str, prefix: str, role: str, args: QuantizationArgs) -> Si
     except ValueError as error:
         raise ValueError(f"{site.name}: {error}") from None
     if not site.is_dynamic:
-        args.observer = args.observer or _DEFAULT_OBSERVERS.get(role, "mse")
+        args.observer = args.observer or _DEFAULT_OBSERVER
     return site
 
 
@@ -272,6 +273,11 @@ def match_schemes(config: QuantizationConfig, modules: Modules, functions: Modul
     if idle:
         warnings.warn(f"targets and ignores that matched no module: {', '.join(idle)}", UserWarning, stacklevel=2)
     return matched
+
+
+def is_named(config: QuantizationConfig, path: str) -> bool:
+    """Whether a target is the name of the module at ``path``, or an expression for it, not its class."""
+    return any(is_match(path, nn.Module(), scheme.targets) for scheme in config.config_groups.values())
 
 
 def _matches_any(pattern: str, modules: Modules) -> bool:

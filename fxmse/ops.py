@@ -12,7 +12,7 @@ from fxmse.formats.grids import Format, Grid
 from fxmse.formats.layout import Layout
 from fxmse.formats.scales import calculate_scale_and_zero_point
 from fxmse.observers.counting import count, count_patterns
-from fxmse.observers.mse import MSEObserver
+from fxmse.observers.searches import load_search
 
 __all__ = [
     "DECOMPOSITIONS",
@@ -177,20 +177,20 @@ def is_fake_quantize(node: Node) -> bool:
 
 @torch.library.custom_op("fxmse::measure", mutates_args=())
 def _measure(value: Tensor, global_scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
-    """The range of each group, by the observer that ``spec`` describes (:meth:`MSEObserver.of_spec`)."""
-    return MSEObserver.of_spec(spec).measure(value, global_scale)
+    """The range of each group, by the observer that ``spec`` describes (:mod:`fxmse.observers.searches`)."""
+    return load_search(spec).measure(value, global_scale)
 
 
 @_measure.register_fake
 def _(value: Tensor, global_scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
-    shape = MSEObserver.of_spec(spec).layout.qparam_shape(value.shape)
+    shape = load_search(spec).layout.qparam_shape(value.shape)
     return value.new_empty(shape, dtype=torch.float32), value.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("fxmse::measure_global", mutates_args=())
 def _measure_global(value: Tensor, spec: str) -> tuple[Tensor, Tensor]:
     """The range, shape (1,), that the global scale follows from, by the observer that ``spec`` describes."""
-    return MSEObserver.of_spec(spec).measure_global(value)
+    return load_search(spec).measure_global(value)
 
 
 @_measure_global.register_fake

@@ -18,6 +18,7 @@ What they look for in a graph:
 - ``attention``: attention, as one call or written out.
 - ``stand_ins``: the modules that nodes were traced from, for matching.
 - ``quantizable_ops``: all ops that can be quantized.
+- ``routers``: which of them choose experts.
 - ``joins``: ops that join several values.
 - ``reads``: a config and a graph become sites.
 - ``naming``: what these are called.

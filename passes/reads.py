@@ -9,15 +9,27 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxmse.config import MODULES_KEY, AllLeftInFloatError, Matches, Site, check_dynamic_shape, make_site, match_schemes
+from fxmse.config import (
+    MODULES_KEY,
+    AllLeftInFloatError,
+    Matches,
+    Site,
+    check_dynamic_shape,
+    is_named,
+    make_site,
+    match_schemes,
+)
 from fxmse.formats.layout import Layout
 from fxmse.passes.constants import measure_shape
 from fxmse.passes.operation import Argument, Operation, Weight
 from fxmse.passes.probe import find_probe, find_probes
 from fxmse.passes.quantizable_ops import find_fused, find_opaque_modules, find_operations
+from fxmse.passes.routers import find_routers
 from fxmse.passes.versions import Versions, find_regions, list_operands
 
 __all__ = ["Read", "find_reads"]
+
+_ROUTER = "a router, whose result chooses experts: a target that names it quantizes it"
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,8 @@ class Read:
 def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Read]:
     """What ``config`` quantizes in a graph and has no probe yet, in the graph's order.
 
-    What stays float though a target names it is said in one warning.
+    What stays float though a target names it is said in one warning. Routers do (:mod:`fxmse.passes.routers`) unless a
+    target is their name or an expression for it: as runtimes have it.
 
     Raises:
         AllLeftInFloatError: nothing of what is targeted can be quantized.
@@ -63,8 +76,10 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
     )
     left_in_float = [f"{key[0]} ({reason})" for key, (_, reason) in hidden.items() if key in matches.modules]
     refused, reads = [], []
+    routers = _find_unnamed_routers(config, operations)
+    left_in_float += [f"{o.path or o.node.name} ({_ROUTER})" for o in routers if _find_scheme(o, matches, None)]
     for operation in operations:
-        scheme = _find_scheme(operation, matches, config.kv_cache_scheme)
+        scheme = None if operation in routers else _find_scheme(operation, matches, config.kv_cache_scheme)
         if scheme is None:
             continue
         left_in_float += _list_left_in_float(graph_module, operation, scheme)
@@ -86,6 +101,11 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
         names = "\n  ".join(dict.fromkeys(refused))
         raise ValueError(f"the config asks for what cannot be quantized so:\n  {names}")
     return reads
+
+
+def _find_unnamed_routers(config: QuantizationConfig, operations: list[Operation]) -> list[Operation]:
+    routers = find_routers(operations)
+    return [o for o in operations if o.node in routers and not is_named(config, o.path)]
 
 
 def _find_hidden(graph_module: GraphModule, seen: set[str]) -> dict[tuple[str, str], tuple[nn.Module, str]]:

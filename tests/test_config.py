@@ -157,8 +157,8 @@ def test_ops_of_activations_get_schemes_without_weights_whose_target_is_narrow()
 
 
 def test_sites_have_names_and_default_observers():
-    assert make_site("blocks.0.fc", "", "weight", make_args()).args.observer == "memoryless_mse"
-    assert make_site("blocks.0.fc", "", "input", make_args()).args.observer == "mse"
+    assert make_site("blocks.0.fc", "", "weight", make_args()).args.observer == "exact_mse"
+    assert make_site("blocks.0.fc", "", "input", make_args()).args.observer == "exact_mse"
     assert make_site("fc", "", "input", make_args(observer="minmax")).args.observer == "minmax"
     assert make_site("fc", "", "input", make_args(dynamic=True)).args.observer is None
     assert Site("blocks.0.fc", "", "weight", make_args()).name == "blocks.0.fc.weight"

@@ -61,9 +61,10 @@ def test_linears_that_read_the_same_value_share_the_smallest_global_scale(observ
 
 def test_scales_are_searched_with_the_shared_global_scale():
     model = Fused().eval()
-    quantized = fxmse.quantize(model, make_config(weights=NVFP4_8), [X], progress=False)
+    searched = {**NVFP4_8, "observer": "memoryless_mse"}
+    quantized = fxmse.quantize(model, make_config(weights=searched), [X], progress=False)
     state = quantized.state_dict()
-    given = {**NVFP4_8, "observer_kwargs": {"global_scale": state["beta.weight_global_scale"].item(), "patience": 100}}
+    given = {**searched, "observer_kwargs": {"global_scale": state["beta.weight_global_scale"].item(), "patience": 100}}
     alone = fxmse.quantize(model, make_config("beta", weights=given), [X], progress=False)
     assert torch.equal(state["beta.weight_scale"], alone.state_dict()["beta.weight_scale"])
 

@@ -229,10 +229,10 @@ def quantize_by_hand(model, inputs):
         return nn.functional.linear(x, weights[0], model.query.bias) * nn.functional.linear(x, weights[1])
 
     floats = [module.weight for module in (model.query, model.key, model.head)]
-    weights = [quantize(weight, weight, "weight", weight_args, "memoryless_mse") for weight in floats]
+    weights = [quantize(weight, weight, "weight", weight_args, "exact_mse") for weight in floats]
     x = model.embedding(inputs)
-    y = run(quantize(x, x, "input", input_args, "mse"), weights)
-    return nn.functional.linear(quantize(y, run(x, floats), "input", input_args, "mse"), weights[2])
+    y = run(quantize(x, x, "input", input_args, "exact_mse"), weights)
+    return nn.functional.linear(quantize(y, run(x, floats), "input", input_args, "exact_mse"), weights[2])
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
@@ -286,7 +286,9 @@ return linear""").assert_expected(print_graph(graph_module))
 def test_convolutions_are_quantized_as_rows(front_end, strategy):
     model, inputs = Convolutions().eval(), Convolutions.make_inputs()
     graph_module = capture_from(front_end, model, inputs)
-    config = make_config("Conv1d", "Conv2d", "Conv3d", "Linear", weights={"num_bits": 4, **strategy})
+    config = make_config(
+        "Conv1d", "Conv2d", "Conv3d", "Linear", weights={"num_bits": 4, "observer": "memoryless_mse", **strategy}
+    )
     InsertObservers(config)(graph_module)
     assert torch.equal(graph_module(inputs), model(inputs))
     assert not InsertObservers(config)(graph_module).modified

@@ -3,6 +3,7 @@
 - ``counting``: how often which value was seen.
 - ``states``: what observers keep: named tensors, saved and loaded.
 - ``base``: the contract: init, update, merge, finish, qparams.
+- ``searches``: what they search by, as nodes of a graph.
 - ``averages``: moving averages of ranges.
 - ``min_max``: ``memoryless_minmax``, ``static_minmax``, ``minmax``.
 - ``mse``: ``memoryless_mse``, ``mse``, ``nvfp4_expanded_mse``.

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxmse.observers.base import Observer
 from fxmse.observers.counting import convert_counts, count, list_values
 from fxmse.observers.importance import ImportanceObserver, check_importance_options
+from fxmse.observers.searches import describe_search
 from fxmse.observers.states import State
 from fxmse.search.counted_optimum import find_optimum_of_counts
 from fxmse.search.global_scale import find_global_range
@@ -71,7 +72,8 @@ class ExactMSEObserver(ImportanceObserver):
     bfloat16 and float16 values are counted exactly, float32 ones to 2 ** -10 of themselves. Each group has a table of
     counts, of 2 ** 16 or for float32 2 ** 18 entries.
 
-    A "local" value's global scale follows from its largest magnitude.
+    A "local" value's global scale follows from its largest magnitude. In a graph that torch.compile makes, a weight's
+    search is one node, as those of :class:`fxmse.observers.mse.MSEObserver` are.
     """
 
     options_class = ExactMSEOptions
@@ -82,6 +84,7 @@ class ExactMSEObserver(ImportanceObserver):
         super().__init__(base_name, args, **observer_kwargs)
         if self.options.importance and base_name != "weight":
             raise ValueError(f"importance=True has no meaning for a value of role {base_name}: expected a weight")
+        self._spec = describe_search(self, "exact_mse", ExactMSEOptions)
 
     @property
     def needs_importance(self) -> bool:
@@ -95,6 +98,7 @@ class ExactMSEObserver(ImportanceObserver):
     def _update_met(self, state: State, value: Tensor) -> State:
         if not self._counts_values:
             return super()._update_met(state, value)
+        self.layout.qparam_shape(value.shape)  # raises where the groups do not fit
         assert state.like is not None
         value = value.to(state.like.dtype)
         if torch.compiler.is_compiling():
@@ -104,6 +108,8 @@ class ExactMSEObserver(ImportanceObserver):
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The best range of each of a weight's groups."""
+        if torch.compiler.is_compiling() and not self.needs_importance:
+            return Range(*torch.ops.fxmse.measure(value, global_scale, self._spec))
         return find_optimum(
             value,
             self.format,
@@ -119,6 +125,8 @@ class ExactMSEObserver(ImportanceObserver):
         """The range that a weight's best global scale follows from; of a local value all of it."""
         if self.is_local:
             return measure_range(value, self.layout.as_one_group())
+        if torch.compiler.is_compiling() and not self.needs_importance:
+            return Range(*torch.ops.fxmse.measure_global(value, self._spec))
         return find_global_range([value], self.format, self.layout, self.options.power, [self.find_importance(value)])
 
     def accumulate(self, old: Range | None, new: Range) -> Range:

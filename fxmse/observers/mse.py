@@ -1,9 +1,7 @@
 """Observers that search the range of least quantization error: llm-compressor's two, and its wider NVFP4 search."""
 
-import functools
-import json
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from fxmse.observers.averages import AverageOptions, AveragingObserver
 from fxmse.observers.base import Observer
+from fxmse.observers.searches import describe_search
 from fxmse.observers.states import State
 from fxmse.search.options import SearchOptions
 from fxmse.search.shrinking import shrink_global_range, shrink_ranges
@@ -82,22 +81,8 @@ class MSEObserver(Observer):
         is_given = given is not None and not self.options.optimize_global_scale
         global_scale = torch.as_tensor(given, dtype=torch.float32).reshape(1) if is_given else None
         self.register_buffer("global_scale", global_scale, persistent=False)
-        self._spec = self._describe()
-
-    def _describe(self) -> str:
-        """JSON of all that a search depends on, for the op that a graph has in its place."""
-        options = {field.name: getattr(self.options, field.name) for field in fields(MSEOptions) if field.init}
-        options["global_scale"] = None if self.global_scale is None else self.global_scale.item()
-        args = self.args.model_copy(update={"observer_kwargs": {}}).model_dump(mode="json")
-        return json.dumps({"base_name": self.base_name, "args": args, "options": options})
-
-    @staticmethod
-    @functools.cache
-    def of_spec(spec: str) -> "MSEObserver":
-        """An observer that measures as the one described by ``spec``; it keeps nothing."""
-        described = json.loads(spec)
-        args = QuantizationArgs.model_validate(described["args"])
-        return MSEObserver(described["base_name"], args, **described["options"])
+        given = None if global_scale is None else global_scale.item()
+        self._spec = describe_search(self, "memoryless_mse", MSEOptions, global_scale=given)
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The best range of each of the value's groups."""

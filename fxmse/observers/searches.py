@@ -1,0 +1,36 @@
+"""Searches as nodes of a graph: what an observer finds ranges by, as a string that a node can hold, and back."""
+
+import functools
+import json
+from dataclasses import fields
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationArgs
+
+from fxmse.observers.base import Observer
+
+__all__ = ["describe_search", "load_search"]
+
+
+def describe_search(observer: Observer, name: str, options_class: type, **changes: Any) -> str:
+    """JSON of all that a search depends on.
+
+    Args:
+        observer: whose search it is.
+        name: of a registered observer that keeps nothing and searches in the same way.
+        options_class: the fields of ``observer.options`` that this one has.
+        changes: values of some of them that JSON can hold.
+    """
+    options = {field.name: getattr(observer.options, field.name) for field in fields(options_class) if field.init}
+    args = observer.args.model_copy(update={"observer_kwargs": {}}).model_dump(mode="json")
+    return json.dumps({"name": name, "base_name": observer.base_name, "args": args, "options": {**options, **changes}})
+
+
+@functools.cache
+def load_search(spec: str) -> Observer:
+    """An observer that measures as the one described by ``spec``; it keeps nothing."""
+    described = json.loads(spec)
+    args = QuantizationArgs.model_validate(described["args"])
+    return Observer.load_from_registry(
+        described["name"], base_name=described["base_name"], args=args, **described["options"]
+    )
