@@ -26,6 +26,7 @@ What they look for in a graph:
 The passes:
 
 - ``functionalize_modules``: calls of modules become functional, so that weights are visible.
+- ``decompose_attention``: fused attention becomes the products that it is made of.
 - ``insert_observers``: probes on the values that a config wants quantized.
 - ``fold_fake_quant``: probes become fake-quantize nodes.
 - ``int8_patterns``: Inductor's patterns for the next one.
@@ -33,6 +34,7 @@ The passes:
 """
 
 from fxmse.passes.close_regions import CloseRegions
+from fxmse.passes.decompose_attention import DecomposeAttention
 from fxmse.passes.fold_fake_quant import FoldFakeQuant
 from fxmse.passes.functionalize_modules import FunctionalizeModules
 from fxmse.passes.inline_regions import InlineRegions
@@ -42,6 +44,7 @@ from fxmse.passes.open_regions import OpenRegions
 
 __all__ = [
     "CloseRegions",
+    "DecomposeAttention",
     "FoldFakeQuant",
     "FunctionalizeModules",
     "InlineRegions",

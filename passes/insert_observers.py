@@ -16,6 +16,7 @@ from fxmse.ops import is_fake_quantize
 from fxmse.passes.base import GraphPass
 from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.constants import describe
+from fxmse.passes.decompose_attention import DecomposeAttention
 from fxmse.passes.functionalize_modules import FunctionalizeModules
 from fxmse.passes.inline_regions import InlineRegions
 from fxmse.passes.joins import JOINS, find_joined_values
@@ -33,9 +34,9 @@ class InsertObservers(GraphPass):
 
     Rules:
 
-    1. Regions come into the graph first (:class:`InlineRegions`), and calls of modules become functional
-       (:class:`FunctionalizeModules`). Branches and loops are quantized as graphs of their own (:class:`OpenRegions`);
-       those without a probe are left as they are.
+    1. Regions come into the graph first (:class:`InlineRegions`), calls of modules become functional
+       (:class:`FunctionalizeModules`), and fused attention its products (:class:`DecomposeAttention`). Branches and
+       loops are quantized as graphs of their own (:class:`OpenRegions`); those without a probe are left as they are.
     2. A value that several sites read with equal arguments has one probe, named after the first of them. That goes
        for activations (one node, with no write in place between the readers: :mod:`fxmse.passes.versions`) and for
        weights (one tensor, however many names it has: tied weights stay tied). A weight that is read in two ways, as
@@ -84,6 +85,7 @@ class InsertObservers(GraphPass):
         # Rule 1.
         modified = InlineRegions()(graph_module).modified
         modified |= FunctionalizeModules()(graph_module).modified
+        modified |= DecomposeAttention()(graph_module).modified
         config = resolve_config(self.config)
         OpenRegions()(graph_module)
         try:
