@@ -16,7 +16,8 @@ from torch.nn.functional import linear
 import fxmse
 from fxmse.capture.attributes import list_graphs
 from fxmse.config import AllLeftInFloatError
-from fxmse.passes import CloseRegions, InsertObservers, OpenRegions
+from fxmse.outputs.inductor import FakeQuantizePass
+from fxmse.passes import CloseRegions, InsertObservers, LowerToQDQ, OpenRegions
 
 WEIGHTS = {"num_bits": 8, "strategy": "channel", "observer": "memoryless_minmax"}
 MINMAX = make_config(weights=WEIGHTS, inputs={"num_bits": 8, "symmetric": False, "observer": "static_minmax"})
@@ -331,3 +332,21 @@ def test_if_everything_stays_in_float_that_is_an_error():
         torch.compile(Hinted(), backend=calibration)(BATCHES[0])
     with pytest.raises(AllLeftInFloatError, match=r"stays in float: a \(hints_wrapper"):
         calibration.fold()
+
+
+@torch.no_grad()
+def test_known_qparams_reach_branches_in_inductor():
+    torch._dynamo.reset()
+    model = Branches().eval()
+    quantized = fxmse.quantize(model, MINMAX, BATCHES, progress=False)
+    fake_quantize = FakeQuantizePass(MINMAX, quantized.state_dict())
+    with torch._inductor.config.patch(pre_grad_custom_pass=fake_quantize):
+        found = torch.compile(model)(BATCHES[0])
+    torch.testing.assert_close(found, quantized(BATCHES[0]), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_what_is_not_lowered_in_branches_is_listed():
+    quantized = fxmse.quantize(Branches(), MINMAX, BATCHES, progress=False)
+    with pytest.warns(UserWarning, match=r"a\.input \(in a branch or loop\); b\.input \(in a branch or loop\)$"):
+        LowerToQDQ()(quantized)
