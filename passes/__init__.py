@@ -13,6 +13,8 @@ What they share, and what they put into a graph:
 What they look for in a graph:
 
 - ``inline_regions``: regions of no_grad, autocast and checkpointing come into the graph (a pass, too).
+- ``open_regions``: branches and loops become graphs like others, whose weights are their own (a pass).
+- ``close_regions``: and get them as operands again (a pass).
 - ``movement``: parameters behind transposes and choices.
 - ``operation``: what an op that can be quantized is made of.
 - ``attention``: attention, as one call or written out.
@@ -26,16 +28,29 @@ What they look for in a graph:
 The passes:
 
 - ``functionalize_modules``: calls of modules become functional, so that weights are visible.
+- ``decompose_attention``: fused attention becomes the products that it is made of.
 - ``insert_observers``: probes on the values that a config wants quantized.
 - ``fold_fake_quant``: probes become fake-quantize nodes.
 - ``int8_patterns``: Inductor's patterns for the next one.
 - ``lower_to_qdq``: int8 fake-quantize nodes become pairs for Inductor's kernels.
 """
 
+from fxmse.passes.close_regions import CloseRegions
+from fxmse.passes.decompose_attention import DecomposeAttention
 from fxmse.passes.fold_fake_quant import FoldFakeQuant
 from fxmse.passes.functionalize_modules import FunctionalizeModules
 from fxmse.passes.inline_regions import InlineRegions
 from fxmse.passes.insert_observers import InsertObservers
 from fxmse.passes.lower_to_qdq import LowerToQDQ
+from fxmse.passes.open_regions import OpenRegions
 
-__all__ = ["FoldFakeQuant", "FunctionalizeModules", "InlineRegions", "InsertObservers", "LowerToQDQ"]
+__all__ = [
+    "CloseRegions",
+    "DecomposeAttention",
+    "FoldFakeQuant",
+    "FunctionalizeModules",
+    "InlineRegions",
+    "InsertObservers",
+    "LowerToQDQ",
+    "OpenRegions",
+]

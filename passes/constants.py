@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fxmse.capture.attributes import get_attribute
+from fxmse.capture.attributes import find_owner, get_attribute
 from fxmse.passes.op_names import get_op_name
 from fxmse.passes.probe import Probe, find_probe, find_probes
 from fxmse.passes.versions import Versions, may_share_memory
@@ -135,7 +135,7 @@ def find_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
     for node, probe in find_probes(graph_module):
         if probe.view:
             assert isinstance(node.args[0], Node)
-            weights[probe] = evaluate(graph_module, node.args[0])
+            weights[probe] = evaluate(find_owner(node), node.args[0])
     return weights
 
 

@@ -6,10 +6,11 @@ from compressed_tensors.quantization import QuantizationType
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxmse.capture.attributes import make_container
+from fxmse.capture.attributes import find_owner, make_container
 from fxmse.observers.base import QPARAMS
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE
 from fxmse.passes.base import GraphPass
+from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.finishing import finish_weights
 from fxmse.passes.probe import Probe, find_importances, find_probes
 
@@ -34,6 +35,7 @@ class FoldFakeQuant(GraphPass):
     3. A dynamic value's node finds its scales itself, and has no buffer but a global scale.
     4. The probes are removed, and nothing of them is left in the state dict.
     5. A graph without probes is left alone.
+    6. In branches and loops it is the same. They get qparams and quantized weights as operands (:class:`CloseRegions`).
 
     Raises:
         ValueError: an observer has seen nothing, or NaN or Inf; all such sites are named and nothing is changed.
@@ -49,15 +51,20 @@ class FoldFakeQuant(GraphPass):
                 "graph first (fxmse.calibrate)"
             )
         finish_weights(graph_module)  # rule 1
-        qparams = {probe: _get_qparams(probe) for _, probe in probes}
+        qparams = {
+            probe: {name: None if tensor is None else tensor.clone() for name, tensor in _get_qparams(probe).items()}
+            for _, probe in probes
+        }
         importances = list(find_importances(graph_module))
+        observers = dict.fromkeys((find_owner(node), str(node.target)) for node, _ in (*probes, *importances))
         for node, _ in importances:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-            graph_module.graph.erase_node(node)
+            node.graph.erase_node(node)
         for node, probe in probes:
-            _replace(graph_module, node, probe, qparams[probe])
-        for target in dict.fromkeys(str(node.target) for node, _ in (*probes, *importances)):  # rule 4
-            graph_module.delete_submodule(target)
+            _replace(find_owner(node), node, probe, qparams[probe])
+        for owner, target in observers:  # rule 4
+            owner.delete_submodule(target)
+        CloseRegions()(graph_module)  # rule 6
         return bool(probes)  # rule 5
 
 
@@ -85,7 +92,7 @@ def _replace(graph_module: GraphModule, node: Node, probe: Probe, qparams: dict[
         for name, tensor in qparams.items():
             buffer = f"{site.prefix}{site.role}_{name}"
             if tensor is not None:
-                container.register_buffer(buffer, tensor.clone())
+                container.register_buffer(buffer, tensor)
             target = f"{site.module}.{buffer}".lstrip(".")
             parameters[name] = None if tensor is None else graph.get_attr(target)
         grid = (args.num_bits, QuantizationType(args.type).value)

@@ -9,44 +9,47 @@ from torch import Tensor
 from torch.amp import autocast_mode
 from torch.fx import Graph, GraphModule, Node
 
-from fxmse.capture.attributes import get_attribute
+from fxmse.capture.attributes import get_attribute, list_graphs
 from fxmse.passes.base import GraphPass
 
 __all__ = ["InlineRegions"]
 
 _higher_order = torch.ops.higher_order
 _NO_GRAD, _AUTOCAST = _higher_order.wrap_with_set_grad_enabled, _higher_order.wrap_with_autocast
-# Of each operator, how many arguments stand before the region.
+# Of each operator, at which argument the region stands, and at which its operands begin.
 _PLACES = {
-    _NO_GRAD: 1,
-    _AUTOCAST: 4,
-    _higher_order.tag_activation_checkpoint: 0,
-    _higher_order.wrap_activation_checkpoint: 0,
-    _higher_order.wrap: 0,
+    _NO_GRAD: (1, 2),
+    _AUTOCAST: (4, 5),
+    _higher_order.tag_activation_checkpoint: (0, 1),
+    _higher_order.wrap_activation_checkpoint: (0, 1),
+    _higher_order.wrap: (0, 1),
+    _higher_order.invoke_subgraph: (0, 2),
 }
 
 
 @dataclass(frozen=True)
 class InlineRegions(GraphPass):
-    """Replaces the nodes that run a region (``no_grad``, ``autocast``, checkpointing) by the region's own nodes.
+    """Replaces the nodes that run a region (``no_grad``, ``autocast``, checkpointing, ...) by the region's own nodes.
 
     torch.export and Dynamo have what is run so as a graph of its own, whose weights are its inputs; in the graph
     around it they are what they are everywhere else. Rules:
 
     1. Regions run once, whatever the data, so that their nodes compute the same where the region stood. Branches and
-       loops stay as they are.
+       loops stay as they are (:class:`fxmse.passes.open_regions.OpenRegions` is for them).
     2. What leaves a region without gradients is detached: it has none, as before.
     3. A region under autocast stands between the nodes that enter and leave it.
     4. A checkpointed region is not run again in the backward pass, which changes memory and time alone.
     """
 
     def rewrite(self, graph_module: GraphModule) -> bool:
-        """Applies the rules, to regions in regions, too."""
+        """Applies the rules, to regions in regions, and in branches and loops, too."""
         modified = False
-        while nodes := [node for node in graph_module.graph.nodes if node.target in _PLACES]:
-            for node in nodes:
-                _inline(graph_module, node)
-            modified = True
+        for graph in list_graphs(graph_module):
+            while nodes := [node for node in graph.graph.nodes if node.target in _PLACES]:
+                for node in nodes:
+                    _inline(graph, node)
+                modified = True
+                graph.recompile()
         return modified
 
 
@@ -77,8 +80,8 @@ def _is_exporting() -> bool:
 
 
 def _inline(graph_module: GraphModule, node: Node) -> None:
-    graph, place = graph_module.graph, _PLACES[node.target]
-    before, operands = node.args[:place], node.args[place + 1 :]
+    graph, (place, first) = graph_module.graph, _PLACES[node.target]
+    before, operands = node.args[:place], node.args[first:]
     path = str(node.args[place].target)  # type: ignore[union-attr]
     region = get_attribute(graph_module, path)
     with graph.inserting_before(node):

@@ -2,22 +2,27 @@
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from compressed_tensors.quantization import QuantizationConfig
 from torch.fx import GraphModule, Node
 
-from fxmse.capture.attributes import make_container
+from fxmse.capture.attributes import list_graphs, make_container
 from fxmse.config import CONFIG_KEY, MODULES_KEY, Config, Site, resolve_config
 from fxmse.observers.base import Observer
 from fxmse.observers.importance import ImportanceObserver
 from fxmse.ops import is_fake_quantize
 from fxmse.passes.base import GraphPass
+from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.constants import describe
+from fxmse.passes.decompose_attention import DecomposeAttention
 from fxmse.passes.functionalize_modules import FunctionalizeModules
 from fxmse.passes.inline_regions import InlineRegions
 from fxmse.passes.joins import JOINS, find_joined_values
 from fxmse.passes.naming import Names
-from fxmse.passes.probe import Probe, skip_probes
+from fxmse.passes.open_regions import OpenRegions, list_open_graphs
+from fxmse.passes.probe import Probe, find_probes, skip_probes
 from fxmse.passes.reads import Read, find_reads
 
 __all__ = ["InsertObservers"]
@@ -29,8 +34,9 @@ class InsertObservers(GraphPass):
 
     Rules:
 
-    1. Regions come into the graph first (:class:`InlineRegions`), and calls of modules become functional
-       (:class:`FunctionalizeModules`).
+    1. Regions come into the graph first (:class:`InlineRegions`), calls of modules become functional
+       (:class:`FunctionalizeModules`), and fused attention its products (:class:`DecomposeAttention`). Branches and
+       loops are quantized as graphs of their own (:class:`OpenRegions`); those without a probe are left as they are.
     2. A value that several sites read with equal arguments has one probe, named after the first of them. That goes
        for activations (one node, with no write in place between the readers: :mod:`fxmse.passes.versions`) and for
        weights (one tensor, however many names it has: tied weights stay tied). A weight that is read in two ways, as
@@ -71,7 +77,7 @@ class InsertObservers(GraphPass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Applies the rules."""
-        if any(is_fake_quantize(node) for node in graph_module.graph.nodes):
+        if any(is_fake_quantize(node) for graph in list_graphs(graph_module) for node in graph.graph.nodes):
             raise ValueError(
                 "the graph has fake-quantize nodes, so it was folded already: start from the float model to quantize "
                 "it differently"
@@ -79,21 +85,36 @@ class InsertObservers(GraphPass):
         # Rule 1.
         modified = InlineRegions()(graph_module).modified
         modified |= FunctionalizeModules()(graph_module).modified
+        modified |= DecomposeAttention()(graph_module).modified
         config = resolve_config(self.config)
-        reads = find_reads(graph_module, config)  # without those of rule 6
-        plan = _share_observers(graph_module, reads)
-        for observation in plan:
-            observation.mask = _find_mask(graph_module, observation.reads[0].site, observation.observer)
-        _share_across(graph_module, plan, self.share_across)
-        order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
-        for observation in plan:
-            observation.reads.sort(key=lambda read: order[read.reader])
-            _insert(graph_module, observation)
-        for observation in plan:
-            _insert_importances(graph_module, observation)
+        OpenRegions()(graph_module)
+        try:
+            plan = self._plan(graph_module, config)
+            probes = {str(node.target): probe for node, probe in find_probes(graph_module)}
+            order = {node: place for place, node in enumerate(_list_nodes(graph_module))}
+            for observation in plan:
+                observation.reads.sort(key=lambda read: order[read.reader])
+                _insert(observation, probes)
+            for observation in plan:
+                _insert_importances(observation)
+        finally:
+            CloseRegions()(graph_module)
         graph_module.meta[CONFIG_KEY] = config
         graph_module.meta.pop(MODULES_KEY, None)
         return modified or bool(plan)
+
+    def _plan(self, graph_module: GraphModule, config: QuantizationConfig) -> list["_Observation"]:
+        reads = find_reads(graph_module, config)  # without those of rule 6
+        plan = _share_observers(graph_module, reads)
+        for observation in plan:
+            observation.mask = _find_mask(observation)
+        _share_across(graph_module, plan, self.share_across)
+        return plan
+
+
+def _list_nodes(graph_module: GraphModule) -> Iterator[Node]:
+    for graph in list_graphs(graph_module):
+        yield from graph.graph.nodes
 
 
 @dataclass
@@ -119,9 +140,12 @@ def _share_observers(graph_module: GraphModule, reads: list[Read]) -> list[_Obse
     groups: dict[object, str] = {}
     for read in reads:
         arguments = repr(read.site.args)  # observer_kwargs may hold tensors, which JSON cannot
-        value_key = (_identify_value(graph_module, read), arguments)
-        # A module's activation is one quantity in all its calls, a weight one for each way of reading it.
-        site_key = value_key if read.weight else (read.site.name, arguments)
+        value = _identify_value(read)
+        value_key = (read.graph_module, value, arguments)
+        # A module's activation is one quantity in all its calls, a weight one for each way of reading it. What no
+        # module owns is called after its node, which is another one in every graph.
+        owner = None if read.operation.has_weight else read.graph_module
+        site_key = (value, arguments) if read.weight else (read.site.name, arguments, owner)
         if value_key not in by_value:
             by_value[value_key] = _Observation(by_site.get(site_key))
         observation = by_value[value_key]
@@ -132,26 +156,26 @@ def _share_observers(graph_module: GraphModule, reads: list[Read]) -> list[_Obse
             observation.target = first.target if first else f"{read.site.name}_observer"
             observation.observer = first.observer if first else _make_observer(read.site)
         observation.reads.append(read)
-        if fused := _identify_fused(graph_module, read):
+        if fused := _identify_fused(read):
             observation.global_group = observation.global_group or groups.get(fused, read.site.name)
             groups.setdefault(fused, observation.global_group)
     return list(by_value.values())
 
 
-def _identify_value(graph_module: GraphModule, read: Read) -> object:
+def _identify_value(read: Read) -> object:
     """Rule 2: tied weights may be several Parameters of one storage."""
     if not read.weight:
         return read.value, read.version
-    return describe(graph_module, read.value), read.weight.view
+    return describe(read.graph_module, read.value), read.weight.view
 
 
-def _identify_fused(graph_module: GraphModule, read: Read) -> object:
+def _identify_fused(read: Read) -> object:
     """What the weights that share a global scale have in common; None for all others."""
     args = read.site.args
     if not read.weight or args.strategy != "tensor_group" or not read.operation.operands:
         return None
     operand = read.operation.operands[0]
-    value = skip_probes(graph_module, operand.argument.get(operand.reader))
+    value = skip_probes(read.graph_module, operand.argument.get(operand.reader))
     return value, args.num_bits, args.type, args.group_size, args.scale_dtype
 
 
@@ -161,7 +185,8 @@ def _share_across(graph_module: GraphModule, plan: list[_Observation], names: tu
     for observation in plan:
         if observation.observer and not observation.reads[0].weight:
             by_node[observation.reads[0].value].append(observation)
-    for values in find_joined_values(graph_module, names):
+    joined = (find_joined_values(graph, names) for graph in list_open_graphs(graph_module))
+    for values in itertools.chain.from_iterable(joined):
         by_arguments: dict[str, list[_Observation]] = {}
         for observation in itertools.chain.from_iterable(by_node.get(value, ()) for value in values):
             by_arguments.setdefault(repr(observation.reads[0].site.args), []).append(observation)
@@ -183,10 +208,11 @@ def _make_observer(site: Site) -> Observer | None:
         raise ValueError(f"{site.name}: {error}") from None
 
 
-def _insert(graph_module: GraphModule, observation: _Observation) -> None:
+def _insert(observation: _Observation, probes: dict[str, Probe]) -> None:
     """Rules 4 and 5."""
-    graph, first = graph_module.graph, observation.reads[0]
-    _register_probe(graph_module, observation)
+    first = observation.reads[0]
+    graph = first.graph_module.graph
+    _register_probe(observation, probes)
     if first.argument is None:
         with graph.inserting_after(first.value):
             probe = graph.call_module(observation.target, (first.value,))
@@ -206,12 +232,12 @@ def _insert(graph_module: GraphModule, observation: _Observation) -> None:
             read.argument.set(read.reader, probe)
 
 
-def _register_probe(graph_module: GraphModule, observation: _Observation) -> None:
+def _register_probe(observation: _Observation, probes: dict[str, Probe]) -> None:
+    """Has the observation's graph hold its probe, which others may hold, too."""
     sites = {read.site.name: read.site for read in observation.reads}
     parent, _, name = observation.target.rpartition(".")
-    container = make_container(graph_module, parent)
-    if hasattr(container, name):
-        probe = getattr(container, name)
+    probe = probes.get(observation.target)
+    if probe is not None:
         probe.sites = tuple({**{site.name: site for site in probe.sites}, **sites}.values())
     else:
         weight = observation.reads[0].weight
@@ -220,12 +246,15 @@ def _register_probe(graph_module: GraphModule, observation: _Observation) -> Non
         probe = Probe(
             observation.observer, tuple(sites.values()), view, observation.global_group, is_computed=is_computed
         )
+        probes[observation.target] = probe
+    container = make_container(observation.reads[0].graph_module, parent)
+    if not hasattr(container, name):
         container.add_module(name, probe)
 
 
-def _insert_importances(graph_module: GraphModule, observation: _Observation) -> None:
+def _insert_importances(observation: _Observation) -> None:
     """Rule 9."""
-    observer = observation.observer
+    observer, graph_module = observation.observer, observation.reads[0].graph_module
     if not isinstance(observer, ImportanceObserver) or (importance := observer.give_importance()) is None:
         return
     target = f"{observation.target.removesuffix('_observer')}_importance"
@@ -243,11 +272,12 @@ def _insert_importances(graph_module: GraphModule, observation: _Observation) ->
         operand.argument.set(operand.reader, node)
 
 
-def _find_mask(graph_module: GraphModule, site: Site, observer: Observer | None) -> tuple[Node, ...]:
+def _find_mask(observation: _Observation) -> tuple[Node, ...]:
+    observer, read = observation.observer, observation.reads[0]
     name = observer.options.mask if isinstance(observer, ImportanceObserver) else None
     if name is None:
         return ()
-    inputs = {str(node.target): node for node in graph_module.graph.find_nodes(op="placeholder")}
+    inputs = {str(node.target): node for node in read.graph_module.graph.find_nodes(op="placeholder")}
     if name not in inputs:
-        raise ValueError(f"{site.name}: mask={name!r}: expected one of the graph's inputs, {', '.join(inputs)}")
+        raise ValueError(f"{read.site.name}: mask={name!r}: expected one of the graph's inputs, {', '.join(inputs)}")
     return (inputs[name],)

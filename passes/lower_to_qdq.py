@@ -11,7 +11,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxmse.capture.attributes import get_attribute
+from fxmse.capture.attributes import get_attribute, list_graphs
 from fxmse.ops import FAKE_QUANTIZE, is_fake_quantize
 from fxmse.passes.base import GraphPass
 from fxmse.passes.fold_fake_quant import SITES_KEY
@@ -70,6 +70,8 @@ class LowerToQDQ(GraphPass):
             (_lower_weight if _is_weight(node) else _lower_activation)(graph_module, node)
         # Rule 4.
         left = [f"{_get_name(node)} ({reason})" for node, reason in reasons.items() if reason]
+        inner = (node for graph in list_graphs(graph_module) for node in graph.graph.nodes if node not in reasons)
+        left += [f"{_get_name(node)} (in a branch or loop)" for node in inner if is_fake_quantize(node)]
         if left:
             warnings.warn(f"not lowered to int8, still fake-quantized: {'; '.join(left)}", UserWarning, stacklevel=3)
         return bool(lowered)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxmse.capture.attributes import list_graphs
 from fxmse.config import Site, check_dynamic_shape
 from fxmse.observers.base import Observer
 from fxmse.observers.importance import Importance, ImportanceObserver
@@ -170,18 +171,20 @@ def find_probe(graph_module: GraphModule, node: object) -> Probe | None:
 
 
 def find_probes(graph_module: GraphModule) -> Iterator[tuple[Node, Probe]]:
-    """The nodes that call probes, in the graph's order."""
-    for node in graph_module.graph.nodes:
-        if probe := find_probe(graph_module, node):
-            yield node, probe
+    """The nodes that call probes, in the graph's order, and then those in branches and loops."""
+    for graph in list_graphs(graph_module):
+        for node in graph.graph.nodes:
+            if probe := find_probe(graph, node):
+                yield node, probe
 
 
 def find_importances(graph_module: GraphModule) -> Iterator[tuple[Node, Importance]]:
-    """The nodes that measure how much each channel of an activation matters, in the graph's order."""
-    for node in graph_module.graph.nodes:
-        module = _find_called(graph_module, node)
-        if isinstance(module, Importance):
-            yield node, module
+    """The nodes that measure how much each channel of an activation matters, in the same order."""
+    for graph in list_graphs(graph_module):
+        for node in graph.graph.nodes:
+            module = _find_called(graph, node)
+            if isinstance(module, Importance):
+                yield node, module
 
 
 def skip_probes(graph_module: GraphModule, value: object) -> object:

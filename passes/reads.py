@@ -1,14 +1,17 @@
 """Configs and graphs to reads: which values are quantized where, and what cannot be."""
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxmse.capture.attributes import find_regions, get_attribute
 from fxmse.config import (
     MODULES_KEY,
     AllLeftInFloatError,
@@ -21,11 +24,12 @@ from fxmse.config import (
 )
 from fxmse.formats.layout import Layout
 from fxmse.passes.constants import measure_shape
+from fxmse.passes.open_regions import list_open_graphs
 from fxmse.passes.operation import Argument, Operation, Weight
 from fxmse.passes.probe import find_probe, find_probes
 from fxmse.passes.quantizable_ops import find_fused, find_opaque_modules, find_operations
 from fxmse.passes.routers import find_routers
-from fxmse.passes.versions import Versions, find_regions, list_operands
+from fxmse.passes.versions import Versions, list_operands
 
 __all__ = ["Read", "find_reads"]
 
@@ -37,6 +41,7 @@ class Read:
     """One site's reading of a value.
 
     Attributes:
+        graph_module: the graph that reads it: the model's, or that of a branch or loop in it.
         site: the site.
         value: the node that is read; a weight's is its get_attr node, or the one that computes it.
         version: of the value, where the graph writes it in place (:class:`fxmse.passes.versions.Versions`).
@@ -46,6 +51,7 @@ class Read:
         weight: what the value is the weight of.
     """
 
+    graph_module: GraphModule
     site: Site
     value: Node
     version: int
@@ -56,7 +62,7 @@ class Read:
 
 
 def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Read]:
-    """What ``config`` quantizes in a graph and has no probe yet, in the graph's order.
+    """What ``config`` quantizes in a graph and those in it, and has no probe yet, in the graphs' order.
 
     What stays float though a target names it is said in one warning. Routers do (:mod:`fxmse.passes.routers`) unless a
     target is their name or an expression for it: as runtimes have it.
@@ -65,10 +71,11 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
         AllLeftInFloatError: nothing of what is targeted can be quantized.
         ValueError: values that cannot be quantized as the config asks; all are named, each with its reason.
     """
-    versions = Versions(graph_module)
-    operations = find_operations(graph_module, versions)
+    graphs = [(graph, Versions(graph)) for graph in list_open_graphs(graph_module)]
+    found = [(*entry, operation) for entry in graphs for operation in find_operations(*entry)]
+    operations = [operation for _, _, operation in found]
     weighted = {(o.path, o.class_name): o.module for o in operations if o.has_weight}
-    hidden = _find_hidden(graph_module, {path for path, _ in weighted})
+    hidden = _find_hidden(graph_module, {path for path, _ in weighted}, _list_weights(found))
     matches = match_schemes(
         config,
         {**weighted, **{key: module for key, (module, _) in hidden.items()}},
@@ -78,16 +85,16 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
     refused, reads = [], []
     routers = _find_unnamed_routers(config, operations)
     left_in_float += [f"{o.path or o.node.name} ({_ROUTER})" for o in routers if _find_scheme(o, matches, None)]
-    for operation in operations:
+    for graph, versions, operation in found:
         scheme = None if operation in routers else _find_scheme(operation, matches, config.kv_cache_scheme)
         if scheme is None:
             continue
-        left_in_float += _list_left_in_float(graph_module, operation, scheme)
-        if scheme.weights and operation.has_weight and not _has_values(graph_module, operation):
+        left_in_float += _list_left_in_float(graph, operation, scheme)
+        if scheme.weights and operation.has_weight and not _has_values(graph, operation):
             continue  # an input alone would bring an error without any gain
-        for request in _list_requests(graph_module, operation, scheme):
+        for request in _list_requests(graph, operation, scheme):
             try:
-                reads.append(_make_read(graph_module, versions, operation, request))
+                reads.append(_make_read(graph, versions, operation, request))
             except ValueError as error:
                 refused.append(str(error))
     if config.kv_cache_scheme and not any(operation.is_attention for operation in operations):
@@ -108,37 +115,56 @@ def _find_unnamed_routers(config: QuantizationConfig, operations: list[Operation
     return [o for o in operations if o.node in routers and not is_named(config, o.path)]
 
 
-def _find_hidden(graph_module: GraphModule, seen: set[str]) -> dict[tuple[str, str], tuple[nn.Module, str]]:
-    """Modules that a config may target but whose ops are not ``seen`` in the graph, and why, by path and class."""
+def _find_hidden(
+    graph_module: GraphModule, seen: set[str], weights: list[Tensor]
+) -> dict[tuple[str, str], tuple[nn.Module, str]]:
+    """Modules that a config may target but whose ops are not ``seen`` in the graph, and why, by path and class.
+
+    One that is tied to another, whose ``weights`` are seen, is read under that one's name.
+    """
     found = {
         key: (module, "its hooks, options or own forward hide its weight")
         for key, module in find_opaque_modules(graph_module).items()
     }
-    for path, class_name, module, function in find_fused(graph_module):
+    fused = itertools.chain.from_iterable(map(find_fused, list_open_graphs(graph_module)))
+    for path, class_name, module, function in fused:
         found.setdefault((path, class_name), (module, f"{function} reads its weight, one call of several products"))
-    for path, operator_name, operation in _list_regions(graph_module):
-        if path not in seen:
-            reason = f"{operator_name} runs it, whose graphs are not quantized"
-            found.setdefault((path, operation.class_name), (operation.module, reason))
+    for graph in list_open_graphs(graph_module):
+        for path, operator_name, operation in _list_closed_regions(graph):
+            if path not in seen:
+                reason = f"{operator_name} runs it, whose graphs are not quantized"
+                found.setdefault((path, operation.class_name), (operation.module, reason))
     named = seen.union(path for path, _ in found)
+    read = {_identify(weight) for weight in weights}
     for path, module in graph_module.meta.get(MODULES_KEY, {}).items():
-        has_matrix = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-        if has_matrix and path not in named:
+        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+        if path not in named and not all(_identify(matrix) in read for matrix in matrices):
             reason = "no op of the graph that can be quantized reads its weight"
             found[path, type(module).__name__] = module, reason
     return found
 
 
-def _list_regions(graph_module: GraphModule) -> Iterator[tuple[str, str, Operation]]:
-    """The operations with a weight in the graphs that branches and loops run: whose they are, and what runs them."""
+def _list_weights(found: list[tuple[GraphModule, Versions, Operation]]) -> list[Tensor]:
+    values = [(graph, operation.weight.value) for graph, _, operation in found if operation.weight]
+    return [get_attribute(graph, str(value.target)) for graph, value in values if value.op == "get_attr"]
+
+
+def _identify(parameter: Tensor) -> int:
+    return parameter.data_ptr() or id(parameter)
+
+
+def _list_closed_regions(graph_module: GraphModule) -> Iterator[tuple[str, str, Operation]]:
+    """The operations with a weight in regions that are not open: whose they are, and what runs them."""
     for node in graph_module.graph.nodes:
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
         for region in find_regions(graph_module, node):
             placeholders = region.graph.find_nodes(op="placeholder")
             operands = dict(zip(placeholders[::-1], list_operands(node)[::-1], strict=False))
             for operation in find_operations(region, Versions(region)):
                 if operation.has_weight:
                     yield _find_owner(operation, operands), node.target.name(), operation
-            yield from _list_regions(region)
+            yield from _list_closed_regions(region)
 
 
 def _find_owner(operation: Operation, operands: Mapping[Node, Node]) -> str:
@@ -247,4 +273,4 @@ def _make_read(graph_module: GraphModule, versions: Versions, operation: Operati
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
     version = versions.find(value, request.reader)
-    return Read(site, value, version, request.reader, request.argument, operation, request.weight)
+    return Read(graph_module, site, value, version, request.reader, request.argument, operation, request.weight)

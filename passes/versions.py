@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from fxmse.capture.attributes import get_attribute
+from fxmse.capture.attributes import find_regions, get_attribute
 from fxmse.passes.op_names import get_op_name
 from fxmse.passes.probe import Probe
 
-__all__ = ["Versions", "find_regions", "list_operands", "may_share_memory"]
+__all__ = ["Versions", "list_operands", "may_share_memory"]
 
 # What may give back its argument itself, though no schema says so.
 _PASS_ON = frozenset(
@@ -78,7 +78,7 @@ def _find_effects(graph_module: GraphModule, node: Node) -> tuple[list[Node], li
         return [], []
     if isinstance(node.target, torch._ops.OpOverload):
         return _find_effects_by_schema(node.target._schema, node)
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, torch._ops.HigherOrderOperator) or any(find_regions(graph_module, node)):
         return _find_effects_of_regions(graph_module, node), node.all_input_nodes
     return _find_effects_by_name(node)
 
@@ -170,15 +170,6 @@ def _find_effects_of_regions(graph_module: GraphModule, node: Node) -> list[Node
             if inner.is_written(placeholder):
                 written.append(operand)
     return written
-
-
-def find_regions(graph_module: GraphModule, node: Node) -> Iterator[GraphModule]:
-    """The graphs that ``node`` runs: regions, branches and loops."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        for source in node.all_input_nodes:
-            region = get_attribute(graph_module, str(source.target)) if source.op == "get_attr" else None
-            if isinstance(region, GraphModule):
-                yield region
 
 
 def list_operands(node: Node) -> list[Node]:

@@ -1,16 +1,14 @@
-"""Regions, branches and loops: what runs once is quantized as everything else, what does not is named."""
+"""Regions that run once are quantized as everything around them; what the graph does not run is named."""
 
 import pytest
 import torch
 from models import make_config
 from plain import quantize_by_hand, quantize_input, quantize_weight
 from torch import nn
-from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 import fxmse
-from fxmse.config import AllLeftInFloatError
 from fxmse.passes import InlineRegions
 
 MINMAX = make_config(
@@ -69,7 +67,17 @@ def test_layers_in_regions_are_quantized(region, front_end):
     torch.testing.assert_close(quantized(BATCHES[0]), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("region", [NoGrad, Checkpointed])
+class CompiledOnce(Regions):
+    def run(self, x):
+        return run_body(self.body, x)
+
+
+@torch.compiler.nested_compile_region
+def run_body(body, x):
+    return body(x)
+
+
+@pytest.mark.parametrize("region", [NoGrad, Checkpointed, CompiledOnce])
 def test_layers_in_regions_are_calibrated(region):
     torch._dynamo.reset()
     model = region().eval()
@@ -127,49 +135,6 @@ def test_autocast_is_entered_and_left():
     torch.testing.assert_close(quantized(BATCHES[0]), x, rtol=1e-5, atol=1e-6)
     exported = fxmse.export(quantized, BATCHES[0]).module()
     assert torch.equal(exported(BATCHES[0]), quantized(BATCHES[0]))
-
-
-class Branches(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
-
-    def forward(self, x):
-        return self.head(torch.cond(x.sum() > 0, lambda v: self.a(v), lambda v: self.b(v), (x,)))
-
-
-class Loop(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
-
-    def forward(self, x):
-        return self.head(while_loop(lambda i, v: i < 3, lambda i, v: (i + 1, self.a(v)), (torch.tensor(0), x))[1])
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (Branches, r"left in float: a \(cond runs it, .*\); b \(cond runs it, whose graphs are not quantized\)$"),
-        (Loop, r"left in float: a \(while_loop runs it, whose graphs are not quantized\)$"),
-    ],
-)
-def test_branches_and_loops_are_named(model, message):
-    with pytest.warns(UserWarning, match=message), torch.no_grad():
-        observed = fxmse.prepare(model(), MINMAX, BATCHES[0])
-    assert {name.partition(".")[0] for name, _ in observed.named_modules() if "observer" in name} == {"head"}
-
-
-def test_if_everything_stays_in_float_that_is_an_error():
-    class Alone(Branches):
-        def forward(self, x):
-            return torch.cond(x.sum() > 0, lambda v: self.a(v), lambda v: self.b(v), (x,))
-
-    model = Alone()
-    del model.head
-    message = r"all that the config targets stays in float: a \(cond"
-    with pytest.raises(AllLeftInFloatError, match=message), torch.no_grad():
-        fxmse.prepare(model, MINMAX, BATCHES[0])
 
 
 def test_layers_that_the_graph_does_not_run_are_named():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxmse.calibration.observing import observe_or_roll_back
+from fxmse.capture.attributes import find_owner
 from fxmse.capture.front_ends import copy_graph_module
 from fxmse.capture.lifted import Lifted, bind_parameters, find_lifted
 from fxmse.config import AllLeftInFloatError, Config, NothingMatchedError, resolve_config
@@ -164,12 +165,12 @@ class Calibration:
         for node, probe in find_probes(observed):
             known = self._probes.setdefault(f"{probe.name} {probe.sites[0].args}", probe)
             if known is not probe:
-                observed.set_submodule(str(node.target), known)
+                find_owner(node).set_submodule(str(node.target), known)
                 if probe.importance is not None and known.importance is not None:
                     shared[probe.importance] = known.importance
         for node, importance in find_importances(observed):
             if importance in shared:
-                observed.set_submodule(str(node.target), shared[importance])
+                find_owner(node).set_submodule(str(node.target), shared[importance])
 
 
 class _Plain:

@@ -10,10 +10,12 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from fxmse.calibration.buffers import own_buffers
+from fxmse.capture.attributes import list_graphs
 from fxmse.capture.front_ends import split_inputs
 from fxmse.observers.base import describe_non_finite
 from fxmse.observers.importance import Importance
 from fxmse.ops import is_fake_quantize
+from fxmse.passes.open_regions import find_open
 from fxmse.passes.probe import Probe, find_importances, find_probes
 
 __all__ = ["check_batches", "get_probes", "observe_batches", "observe_or_roll_back", "observe_weights"]
@@ -24,7 +26,7 @@ def get_probes(observed: GraphModule) -> list[Probe]:
     probes = list(dict.fromkeys(probe for _, probe in find_probes(observed)))
     if probes:
         return probes
-    if any(is_fake_quantize(node) for node in observed.graph.nodes):
+    if any(is_fake_quantize(node) for graph in list_graphs(observed) for node in graph.graph.nodes):
         raise ValueError("the graph was folded already: it has fake-quantize nodes and no observers")
     raise ValueError("the graph has no observers: make it with fxmse.prepare")
 
@@ -50,7 +52,9 @@ def observe_batches(observed: GraphModule, batches: Iterable[Any], compile: bool
     """Runs batches through an observed graph, whose weights are known; returns how many."""
     watchers: dict[str, Probe | Importance] = {p.name: p for p in get_probes(observed) if not p.is_weight}
     watchers |= {str(node.target): importance for node, importance in find_importances(observed)}
-    compiled = torch.compile(observed, fullgraph=True, dynamic=True) if compile else observed
+    # Which branch is run, and how often a loop, is known in Python alone: around those the graph is compiled in parts.
+    is_whole = not find_open(observed)
+    compiled = torch.compile(observed, fullgraph=is_whole, dynamic=True) if compile else observed
     count = 0
     with own_buffers(observed):
         for count, batch in enumerate(batches, 1):

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxmse.capture.attributes import list_graphs
+
 __all__ = ["evaluate"]
 
 aten = torch.ops.aten
@@ -29,6 +31,12 @@ def evaluate(graph_module: GraphModule) -> None:
     Modules that it calls are replaced by copies that share their parameters and buffers. The model that the graph was
     made of stays as it is.
     """
+    for graph in list_graphs(graph_module):
+        _evaluate(graph)
+        graph.recompile()
+
+
+def _evaluate(graph_module: GraphModule) -> None:
     for node in list(graph_module.graph.nodes):
         if node.op == "call_module":
             module = graph_module.get_submodule(str(node.target))
@@ -40,7 +48,6 @@ def evaluate(graph_module: GraphModule) -> None:
             _switch_off(node)
             if _counts_batches(node):
                 graph_module.graph.erase_node(node)
-    graph_module.recompile()
 
 
 def _switch_off(node: Node) -> None:

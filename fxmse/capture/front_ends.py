@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from fxmse.capture.attributes import get_attribute
 from fxmse.capture.evaluation import evaluate
 from fxmse.capture.exporting import export_module, warn_if_fixed, without_cache
 from fxmse.config import CONFIG_KEY, MODULES_KEY
@@ -61,8 +62,12 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None, dyna
 
 
 def copy_graph_module(graph_module: GraphModule) -> GraphModule:
-    """A copy with a graph and containers of its own, and the same parameters, buffers and leaf modules."""
+    """A copy with graphs and containers of its own, and the same parameters, buffers and leaf modules."""
     copied = GraphModule(graph_module, _copy_graph(graph_module.graph))
+    for node in copied.graph.find_nodes(op="get_attr"):
+        region = get_attribute(copied, str(node.target))
+        if isinstance(region, GraphModule):
+            copied.set_submodule(str(node.target), copy_graph_module(region))
     if CONFIG_KEY in graph_module.meta:
         copied.meta[CONFIG_KEY] = graph_module.meta[CONFIG_KEY]
     return copied

@@ -1,5 +1,6 @@
 """Graphs that Dynamo made: parameters that it lifted to inputs become get_attr nodes, and paths the model's own."""
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxmse.capture.attributes import make_container
+from fxmse.capture.attributes import list_graphs, make_container
 
 __all__ = ["Lifted", "bind_parameters", "find_lifted"]
 
@@ -59,7 +60,7 @@ def bind_parameters(graph_module: GraphModule, parameters: Mapping[Lifted, tuple
             node = graph_module.graph.get_attr(name)
         node.meta = {key: lifted.node.meta[key] for key in ("val", "example_value") if key in lifted.node.meta}
         lifted.node.replace_all_uses_with(node)
-    for node in graph_module.graph.nodes:
+    for node in itertools.chain.from_iterable(graph.graph.nodes for graph in list_graphs(graph_module)):
         if stack := node.meta.get("nn_module_stack"):
             node.meta["nn_module_stack"] = {
                 key: (_make_absolute(path, prefixes), module_class) for key, (path, module_class) in stack.items()

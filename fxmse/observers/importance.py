@@ -109,9 +109,10 @@ class ImportanceObserver(Observer):
 
     def give_importance(self) -> Importance | None:
         """The importance, for a graph that has it as a module of its own: a state dict names it once."""
-        importance = self._modules.pop("importance", None)
+        importance = self.importance
+        self._modules.pop("importance", None)
         object.__setattr__(self, "importance", importance)
-        return importance  # type: ignore[return-value]
+        return importance
 
     def observe(self, value: Tensor) -> None:
         """As :meth:`Observer.observe`; says why where there is no importance to search with."""

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import get_attribute
+from fxmse.capture.front_ends import copy_graph_module
 from fxmse.config import CONFIG_KEY
 from fxmse.observers.base import QPARAMS
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
 from fxmse.outputs.files import replace_folder
 from fxmse.passes.fold_fake_quant import SITES_KEY
+from fxmse.passes.open_regions import OpenRegions, list_open_graphs
 
 __all__ = ["check_replaceable", "save_pretrained"]
 
@@ -118,13 +120,16 @@ def _check_untied(model: nn.Module, sites: Mapping[str, object]) -> None:
 def _read_sites(quantized: GraphModule) -> dict[str, dict[str, Tensor | None]]:
     """Each site's qparams; None where there is none."""
     sites = {}
-    for node in filter(is_fake_quantize, quantized.graph.nodes):
-        inputs = [None, None, node.args[1]] if node.target is DYNAMIC_FAKE_QUANTIZE else node.args[1:4]
-        qparams = {
-            kind: get_attribute(quantized, str(source.target)) if isinstance(source, Node) else None
-            for kind, source in zip(QPARAMS, inputs, strict=True)
-        }
-        sites.update(dict.fromkeys(node.meta.get(SITES_KEY, ()), qparams))
+    opened = copy_graph_module(quantized)
+    OpenRegions()(opened)
+    for graph in list_open_graphs(opened):
+        for node in filter(is_fake_quantize, graph.graph.nodes):
+            inputs = [None, None, node.args[1]] if node.target is DYNAMIC_FAKE_QUANTIZE else node.args[1:4]
+            qparams = {
+                kind: get_attribute(graph, str(source.target)) if isinstance(source, Node) else None
+                for kind, source in zip(QPARAMS, inputs, strict=True)
+            }
+            sites.update(dict.fromkeys(node.meta.get(SITES_KEY, ()), qparams))
     return sites
 
 

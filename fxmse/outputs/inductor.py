@@ -21,6 +21,8 @@ from fxmse.passes.probe import find_probes
 
 __all__ = ["FakeQuantizePass"]
 
+_WHOLE_KEY = "dynamo_flat_name_to_original_fqn"  # what Dynamo notes of whole graphs alone
+
 
 class FakeQuantizePass(CustomGraphPass):
     """Puts fake-quantize nodes with known qparams into the graphs that Inductor compiles.
@@ -57,6 +59,8 @@ class FakeQuantizePass(CustomGraphPass):
     def _rewrite(self, graph: Graph) -> None:
         graph_module = graph.owning_module
         assert graph_module is not None
+        if _WHOLE_KEY not in graph_module.meta:
+            return  # a branch or loop, which Inductor shows on its own and again with the graph around it
         InlineRegions()(graph_module)
         lifted = find_lifted(graph_module)
         stand_ins = {entry: (entry.name, _make_stand_in(entry.node.meta["example_value"])) for entry in lifted}

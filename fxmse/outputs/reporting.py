@@ -16,6 +16,7 @@ from fxmse.capture.front_ends import copy_graph_module, split_inputs
 from fxmse.observers.base import Observer
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
 from fxmse.passes.fold_fake_quant import SITES_KEY
+from fxmse.passes.open_regions import OpenRegions, list_open_graphs
 
 __all__ = ["SiteReport", "describe_format", "report"]
 
@@ -31,9 +32,10 @@ class SiteReport:
         num_scales: how many scales there are; 0 where each value brings its own (dynamic).
         scale_min: the smallest of their magnitudes, in units of the value; None where they are dynamic.
         scale_max: the largest.
-        sqnr: signal to quantization noise in dB: 10 log10(sum(x ** 2) / sum((fake_quantize(x) - x) ** 2)).
+        sqnr: signal to quantization noise in dB: 10 log10(sum(x ** 2) / sum((fake_quantize(x) - x) ** 2)); NaN of a
+            value that the batches did not reach, in a branch that was not run.
         range_ratio: the scale's magnitude over the scale that the smallest and largest value would give, averaged over
-            the scales; 1 where they are dynamic.
+            the scales; 1 where they are dynamic, NaN where ``sqnr`` is.
     """
 
     module: str
@@ -61,15 +63,18 @@ def report(quantized: GraphModule, batches: Iterable[Any]) -> list[SiteReport]:
         ValueError: a graph without fake-quantize nodes, or no batches.
     """
     watched = copy_graph_module(quantized)
-    recorders = [_watch(watched, node) for node in list(watched.graph.nodes) if is_fake_quantize(node)]
+    OpenRegions()(watched)
+    recorders = []
+    for graph in list_open_graphs(watched):
+        recorders += [_watch(graph, node) for node in list(graph.graph.nodes) if is_fake_quantize(node)]
+        graph.recompile()
     if not recorders:
         raise ValueError("the graph has no fake-quantize nodes: make it with fxmse.convert")
-    watched.recompile()
     with own_buffers(watched):
         for batch in batches:
             args, kwargs = split_inputs(batch)
             watched(*args, **kwargs)
-    if not recorders[0].has_seen:
+    if not any(recorder.has_seen for recorder in recorders):
         raise ValueError("no batches: a report needs at least one")
     return [recorder.summarise() for recorder in recorders]
 
@@ -112,11 +117,18 @@ class _Recorder(nn.Module):
             num_scales=0 if scale is None else scale.numel(),
             scale_min=None if scale is None else scale.min().item(),
             scale_max=None if scale is None else scale.max().item(),
-            sqnr=10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf,
+            sqnr=self._calculate_sqnr(),
             range_ratio=self._calculate_range_ratio(),
         )
 
+    def _calculate_sqnr(self) -> float:
+        if not self.has_seen:
+            return math.nan
+        return 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf
+
     def _calculate_range_ratio(self) -> float:
+        if not self.has_seen:
+            return math.nan
         if self.observer is None or self.scale is None:
             return 1.0
         qparams = self.observer.get_qparams()
