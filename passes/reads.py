@@ -15,6 +15,7 @@ from fxmse.passes.constants import measure_shape
 from fxmse.passes.operation import Argument, Operation, Weight
 from fxmse.passes.probe import find_probe, find_probes
 from fxmse.passes.quantizable_ops import find_fused, find_opaque_modules, find_operations
+from fxmse.passes.stand_ins import list_modules
 from fxmse.passes.versions import Versions, find_regions, list_operands
 
 __all__ = ["Read", "find_reads"]
@@ -101,12 +102,21 @@ def _find_hidden(graph_module: GraphModule, seen: set[str]) -> dict[tuple[str, s
             reason = f"{operator_name} runs it, whose graphs are not quantized"
             found.setdefault((path, operation.class_name), (operation.module, reason))
     named = seen.union(path for path, _ in found)
-    for path, module in graph_module.meta.get(MODULES_KEY, {}).items():
-        has_matrix = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-        if has_matrix and path not in named:
+    for path, module in {**list_modules(graph_module), **graph_module.meta.get(MODULES_KEY, {})}.items():
+        if path not in named and _has_matrix(graph_module, path, module):
             reason = "no op of the graph that can be quantized reads its weight"
             found[path, type(module).__name__] = module, reason
     return found
+
+
+def _has_matrix(graph_module: GraphModule, path: str, module: nn.Module) -> bool:
+    """Whether a module has a matrix among its own parameters; of a stand-in, what the graph has in its place."""
+    if not vars(module):
+        try:
+            module = graph_module.get_submodule(path)
+        except AttributeError:
+            return False
+    return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
 def _list_regions(graph_module: GraphModule) -> Iterator[tuple[str, str, Operation]]:
