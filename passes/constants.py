@@ -70,14 +70,32 @@ def is_moved(value: Node) -> bool:
 
 
 def describe(graph_module: GraphModule, value: Node) -> str:
-    """What a value is computed of and how, in words that are equal for equal computations."""
-    if value.op == "get_attr":
-        tensor = get_attribute(graph_module, str(value.target))
-        # Tensors without storage (meta) are told apart by identity.
-        return f"{tensor.data_ptr() or id(tensor)} {tensor.device} {tuple(tensor.shape)} {tensor.stride()}"
+    """What a value is computed of and how, in words that are equal for equal computations.
+
+    A view of one attribute is what it shows: its place, shape and strides, however it was made.
+    """
+    if is_moved(value) and (view := _find_view(graph_module, value)):
+        return view
     inputs = [f"({describe(graph_module, node)})" for node in value.all_input_nodes]
     rest = map_arg((value.args, value.kwargs), lambda _: None)
     return f"{value.target} {rest} {' '.join(inputs)}"
+
+
+def _find_view(graph_module: GraphModule, value: Node) -> str | None:
+    """Which memory of an attribute ``value`` shows; None where it has memory of its own."""
+    targets = {str(node.target) for node in list_attributes(value)}
+    tensors = [get_attribute(graph_module, target) for target in targets]
+    if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
+        return None
+    source = tensors[0]
+    base = _forget(source)
+    shown = _evaluate(graph_module, value, lambda _: base, {})
+    if shown.untyped_storage()._cdata != base.untyped_storage()._cdata:
+        return None
+    start = shown.storage_offset() * source.element_size()
+    # Tensors without storage (meta) are told apart by identity.
+    place = source.data_ptr() + start if source.data_ptr() else f"{id(source)}+{start}"
+    return f"{place} {source.device} {source.dtype} {tuple(shown.shape)} {shown.stride()}"
 
 
 def _is_pure(graph_module: GraphModule, node: Node) -> bool:
@@ -101,12 +119,12 @@ def evaluate(graph_module: GraphModule, node: Node) -> Any:
 
 def measure_shape(graph_module: GraphModule, node: Node) -> Tensor:
     """A tensor without data that has the shape and dtype that ``node`` gives."""
+    return _evaluate(graph_module, node, _forget, {})
 
-    def forget(tensor: Tensor) -> Tensor:
-        empty = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
-        return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
-    return _evaluate(graph_module, node, forget, {})
+def _forget(tensor: Tensor) -> Tensor:
+    empty = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _evaluate(graph_module: GraphModule, node: Node, load: Callable[[Tensor], Tensor], known: dict[Node, Any]) -> Any:

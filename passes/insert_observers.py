@@ -22,8 +22,10 @@ from fxmse.passes.inline_regions import InlineRegions
 from fxmse.passes.joins import JOINS, find_joined_values
 from fxmse.passes.naming import Names
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
+from fxmse.passes.operation import Weight
 from fxmse.passes.probe import Probe, find_probes, skip_probes
 from fxmse.passes.reads import Read, find_reads
+from fxmse.passes.weight_view import WeightView
 
 __all__ = ["InsertObservers"]
 
@@ -41,7 +43,9 @@ class InsertObservers(GraphPass):
        for activations (one node, with no write in place between the readers: :mod:`fxmse.passes.versions`) and for
        weights (one tensor, however many names it has: tied weights stay tied). A weight that is read in two ways, as
        it is and transposed, is two values.
-    3. A module that is called more than once has one observer, which sees the values of all its calls.
+    3. A layer that is called more than once has one observer, which sees the values of all its calls, and which it
+       shares with the sites that read all the same values alone. A layer is a module, or a functional call, and one
+       way of reading its weight.
     4. A weight is observed, and later quantized, as rows of output channels, whatever shape its op wants
        (:class:`fxmse.passes.weight_view.WeightView`): those of the parameter, before anything that leaves its rows
        as they are (a transpose, the choice of an expert), and otherwise, of what is computed of parameters alone
@@ -121,7 +125,7 @@ def _list_nodes(graph_module: GraphModule) -> Iterator[Node]:
 class _Observation:
     """Reads of one value with equal arguments, and the observer they share, at ``target``.
 
-    It shares that with ``first``, the observation of another value that is the same quantity.
+    It shares that with ``first``, the first observation of the same quantity, which may be of another value.
     """
 
     first: "_Observation | None"
@@ -134,39 +138,56 @@ class _Observation:
 
 def _share_observers(graph_module: GraphModule, reads: list[Read]) -> list[_Observation]:
     """Rules 2, 3 and 7."""
-    by_value: dict[object, _Observation] = {}
-    by_site: dict[object, _Observation] = {}
+    plan: dict[object, _Observation] = {}
+    by_quantity: dict[object, _Observation] = {}
     names = Names(graph_module)
     groups: dict[object, str] = {}
-    for read in reads:
-        arguments = repr(read.site.args)  # observer_kwargs may hold tensors, which JSON cannot
-        value = _identify_value(read)
-        value_key = (read.graph_module, value, arguments)
-        # A module's activation is one quantity in all its calls, a weight one for each way of reading it. What no
-        # module owns is called after its node, which is another one in every graph.
-        owner = None if read.operation.has_weight else read.graph_module
-        site_key = (value, arguments) if read.weight else (read.site.name, arguments, owner)
-        if value_key not in by_value:
-            by_value[value_key] = _Observation(by_site.get(site_key))
-        observation = by_value[value_key]
-        by_site.setdefault(site_key, observation)
-        read = replace(read, site=names.find(read, observation.first or observation))
+    for read, value, quantity in _identify_quantities(reads):
+        key = (read.graph_module, value, quantity)
+        observation = plan.setdefault(key, _Observation(by_quantity.get(quantity)))
+        first = by_quantity.setdefault(quantity, observation)
+        read = replace(read, site=names.find(read, first))
         if not observation.target:
-            first = observation.first
-            observation.target = first.target if first else f"{read.site.name}_observer"
-            observation.observer = first.observer if first else _make_observer(read.site)
+            observation.target = first.target or f"{read.site.name}_observer"
+            observation.observer = _make_observer(read.site) if observation is first else first.observer
         observation.reads.append(read)
         if fused := _identify_fused(read):
             observation.global_group = observation.global_group or groups.get(fused, read.site.name)
             groups.setdefault(fused, observation.global_group)
-    return list(by_value.values())
+    return list(plan.values())
+
+
+def _identify_quantities(reads: list[Read]) -> Iterator[tuple[Read, object, object]]:
+    """Each read with its value and its quantity: all values that its layer reads, and how they are quantized."""
+    values = [_identify_value(read) for read in reads]
+    layers = [_identify_layer(read, value) for read, value in zip(reads, values, strict=True)]
+    by_layer: defaultdict[object, set[object]] = defaultdict(set)
+    for layer, value in zip(layers, values, strict=True):
+        by_layer[layer].add(value)
+    for read, value, layer in zip(reads, values, layers, strict=True):
+        yield read, value, frozenset(by_layer[layer])
 
 
 def _identify_value(read: Read) -> object:
     """Rule 2: tied weights may be several Parameters of one storage."""
-    if not read.weight:
-        return read.value, read.version
-    return describe(read.graph_module, read.value), read.weight.view
+    arguments = repr(read.site.args)  # observer_kwargs may hold tensors, which JSON cannot
+    if read.weight:
+        return *_identify_weight(read, read.weight), arguments
+    return read.value, read.version, arguments
+
+
+def _identify_layer(read: Read, value: object) -> object:
+    """Rule 3: what a site's values belong to; a weight is one by itself."""
+    if read.weight:
+        return value
+    weight = read.operation.weight
+    # What no module owns is called after its node, which is another one in every graph.
+    owner = _identify_weight(read, weight) if weight else None if read.operation.has_weight else read.graph_module
+    return read.site.name, repr(read.site.args), owner
+
+
+def _identify_weight(read: Read, weight: Weight) -> tuple[str, WeightView]:
+    return describe(read.graph_module, weight.value), weight.view
 
 
 def _identify_fused(read: Read) -> object:

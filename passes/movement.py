@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from fxmse.capture.attributes import get_attribute
 from fxmse.passes.probe import find_probe
 
-__all__ = ["FoundParameter", "find_parameter"]
+__all__ = ["FoundParameter", "find_parameter", "skip_transposes"]
 
 aten = torch.ops.aten
 
@@ -25,7 +25,7 @@ _TRANSPOSES = (torch.transpose, torch.swapaxes, aten.transpose.int, "transpose",
 _PERMUTES = (torch.permute, aten.permute.default, "permute")
 _SELECTS = (torch.select, aten.select.int, "select")
 _INDEX_SELECTS = (torch.index_select, aten.index_select.default, "index_select")
-_SLICES = (aten.slice.Tensor,)
+_SLICES = (aten.slice.Tensor, torch.narrow, aten.narrow.default, "narrow")
 _PIECES = (
     *(torch.chunk, torch.split, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default),
     *("chunk", "split"),
@@ -97,6 +97,22 @@ def find_parameter(
     if matrix is None or not matrix.is_last:
         return None
     return FoundParameter(value, first, matrix.is_swapped, is_observed=False)
+
+
+def skip_transposes(reader: Node, value: Node, num_dims: int) -> tuple[Node, Node, bool]:
+    """What ``value``, an argument of ``reader``, was before its last two dimensions were swapped.
+
+    Returns:
+        the first node that swaps them, or ``reader``; what that reads; and whether they are swapped between the two.
+    """
+    is_swapped = False
+    while value.target in _PERMUTES or _find_swapped(value):
+        matrix = _Matrix(num_dims, ()).follow(value)
+        if matrix is None or not matrix.is_last or not isinstance(value.args[0], Node):
+            break
+        is_swapped ^= matrix.is_swapped
+        reader, value = value, value.args[0]
+    return reader, value, is_swapped
 
 
 def _is_observed(graph_module: GraphModule, way: list[Node]) -> bool:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from fxmse.capture.attributes import get_attribute
 from fxmse.passes.attention import find_attention
 from fxmse.passes.constants import find_sources, is_moved, list_attributes, measure_shape
-from fxmse.passes.movement import find_parameter
+from fxmse.passes.movement import find_parameter, skip_transposes
 from fxmse.passes.op_names import get_op_name
 from fxmse.passes.operation import Argument, Operand, Operation, Weight
 from fxmse.passes.stand_ins import find_call, find_module
@@ -72,6 +72,7 @@ _WITH_WEIGHT: dict[Callable[..., Any], _Signature] = {
     aten.conv_transpose3d.input: _transposed_convolution(3),
 }
 
+_SWAPPED = {"rows": "columns", "columns": "rows"}
 _UNSQUEEZES = (torch.unsqueeze, aten.unsqueeze.default, "unsqueeze")
 
 # Matrix products. The second factor may be a weight (in, out), experts' (experts, in, out) or an activation.
@@ -209,12 +210,11 @@ def _find_weight(graph_module: GraphModule, versions: Versions, node: Node, sign
     """The parameter whose rows are the weight's; else the weight as it is read, where it follows from parameters."""
     value, layout = signature.weight.get(node), signature.layout
     groups = (signature.groups and signature.groups.get(node)) or 1
-    found = find_parameter(graph_module, node, value, is_matrix=layout in ("rows", "columns"))
+    is_matrix = layout in _SWAPPED
+    found = find_parameter(graph_module, node, value, is_matrix=is_matrix)
     if found and not versions.is_written(found.parameter):
         parameter = get_attribute(graph_module, str(found.parameter.target))
-        if found.is_transposed:
-            layout = {"rows": "columns", "columns": "rows"}[layout]
-        view = WeightView(layout, tuple(parameter.shape), groups)
+        view = WeightView(_SWAPPED[layout] if found.is_transposed else layout, tuple(parameter.shape), groups)
         argument = signature.weight if found.reader is node else Argument(0, "input")
         return Weight(
             _name_parameter(found.parameter), found.parameter, found.reader, argument, view, found.is_observed
@@ -222,9 +222,14 @@ def _find_weight(graph_module: GraphModule, versions: Versions, node: Node, sign
     sources = find_sources(graph_module, versions, value)
     if not sources or not isinstance(value, Node):
         return None
+    reader = node
+    if is_matrix:
+        reader, value, is_transposed = skip_transposes(node, value, measure_shape(graph_module, value).dim())
+        layout = _SWAPPED[layout] if is_transposed else layout
     view = WeightView(layout, tuple(measure_shape(graph_module, value).shape), groups)
     name = max(sources, key=lambda source: get_attribute(graph_module, str(source.target)).numel())
-    return Weight(_name_parameter(name), value, node, signature.weight, view, is_observed=False)
+    argument = signature.weight if reader is node else Argument(0, "input")
+    return Weight(_name_parameter(name), value, reader, argument, view, is_observed=False)
 
 
 def _name_parameter(attribute: Node) -> str:

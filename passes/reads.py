@@ -29,6 +29,7 @@ from fxmse.passes.operation import Argument, Operation, Weight
 from fxmse.passes.probe import find_probe, find_probes
 from fxmse.passes.quantizable_ops import find_fused, find_opaque_modules, find_operations
 from fxmse.passes.routers import find_routers
+from fxmse.passes.stand_ins import list_modules
 from fxmse.passes.versions import Versions, list_operands
 
 __all__ = ["Read", "find_reads"]
@@ -84,9 +85,9 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
     left_in_float = [f"{key[0]} ({reason})" for key, (_, reason) in hidden.items() if key in matches.modules]
     refused, reads = [], []
     routers = _find_unnamed_routers(config, operations)
-    left_in_float += [f"{o.path or o.node.name} ({_ROUTER})" for o in routers if _find_scheme(o, matches, None)]
+    left_in_float += [f"{o.path or n.name} ({_ROUTER})" for n, o in routers.items() if _find_scheme(o, matches, None)]
     for graph, versions, operation in found:
-        scheme = None if operation in routers else _find_scheme(operation, matches, config.kv_cache_scheme)
+        scheme = None if operation.node in routers else _find_scheme(operation, matches, config.kv_cache_scheme)
         if scheme is None:
             continue
         left_in_float += _list_left_in_float(graph, operation, scheme)
@@ -110,9 +111,9 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
     return reads
 
 
-def _find_unnamed_routers(config: QuantizationConfig, operations: list[Operation]) -> list[Operation]:
+def _find_unnamed_routers(config: QuantizationConfig, operations: list[Operation]) -> dict[Node, Operation]:
     routers = find_routers(operations)
-    return [o for o in operations if o.node in routers and not is_named(config, o.path)]
+    return {o.node: o for o in operations if o.node in routers and not is_named(config, o.path)}
 
 
 def _find_hidden(
@@ -136,8 +137,8 @@ def _find_hidden(
                 found.setdefault((path, operation.class_name), (operation.module, reason))
     named = seen.union(path for path, _ in found)
     read = {_identify(weight) for weight in weights}
-    for path, module in graph_module.meta.get(MODULES_KEY, {}).items():
-        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+    for path, module in {**list_modules(graph_module), **graph_module.meta.get(MODULES_KEY, {})}.items():
+        matrices = _list_matrices(graph_module, path, module)
         if path not in named and not all(_identify(matrix) in read for matrix in matrices):
             reason = "no op of the graph that can be quantized reads its weight"
             found[path, type(module).__name__] = module, reason
@@ -151,6 +152,16 @@ def _list_weights(found: list[tuple[GraphModule, Versions, Operation]]) -> list[
 
 def _identify(parameter: Tensor) -> int:
     return parameter.data_ptr() or id(parameter)
+
+
+def _list_matrices(graph_module: GraphModule, path: str, module: nn.Module) -> list[nn.Parameter]:
+    """The matrices among a module's own parameters; of a stand-in's, what the graph has in its place."""
+    if not vars(module):
+        try:
+            module = graph_module.get_submodule(path)
+        except AttributeError:
+            return []
+    return [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
 
 
 def _list_closed_regions(graph_module: GraphModule) -> Iterator[tuple[str, str, Operation]]:

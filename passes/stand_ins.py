@@ -7,7 +7,7 @@ import re
 from torch import nn
 from torch.fx import GraphModule, Node
 
-__all__ = ["find_call", "find_module"]
+__all__ = ["find_call", "find_module", "list_modules"]
 
 
 def find_call(node: Node) -> str:
@@ -40,6 +40,14 @@ def find_module(
     if owner != path and f"{owner}.".startswith(f"{path}." if path else ""):
         return owner, _make_stand_in(class_name, class_name)
     return path, _make_stand_in(module_class, class_name)
+
+
+def list_modules(graph_module: GraphModule) -> dict[str, nn.Module]:
+    """Stand-ins of the modules that nodes were traced from, by their dotted paths."""
+    calls = dict(
+        call for node in graph_module.graph.nodes for call in (node.meta.get("nn_module_stack") or {}).values()
+    )
+    return {re.sub(r"@\d+", "", path): _make_stand_in(module_class, "Module") for path, module_class in calls.items()}
 
 
 @functools.cache

@@ -89,7 +89,7 @@ def _find_effects_by_schema(schema: torch.FunctionSchema, node: Node) -> tuple[l
         value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
         sources = _list_nodes(value)
         if argument.alias_info is None:
-            passed_on += sources if schema.name.rpartition("::")[2] in _PASS_ON else []
+            passed_on += sources if _passes_on(schema.name.rpartition("::")[2], sources) else []
         elif argument.alias_info.is_write:
             written += sources
         else:
@@ -102,9 +102,16 @@ def _find_effects_by_name(node: Node) -> tuple[list[Node], list[Node]]:
     first = _list_nodes(node.args[0] if node.args else node.kwargs.get("input"))
     written = first if _is_in_place(name) or _get_inplace_argument(node) else []
     written = written + _list_nodes(node.kwargs.get("out"))
-    if isinstance(node.target, str) or _is_known(node.target):
-        return written, first if may_share_memory(name) else []
-    return written, node.all_input_nodes
+    if not isinstance(node.target, str) and not _is_known(node.target):
+        return written, node.all_input_nodes
+    if name in _PASS_ON:  # some take several values and give back each
+        return written, node.all_input_nodes if _passes_on(name, node.all_input_nodes) else []
+    return written, first if may_share_memory(name) else []
+
+
+def _passes_on(name: str, sources: list[Node]) -> bool:
+    """Whether what no schema knows of gives back an argument: of an einsum a permuted one, but no product."""
+    return name in _PASS_ON if name != "einsum" else len(sources) == 1
 
 
 def may_share_memory(name: str) -> bool:

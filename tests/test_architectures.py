@@ -8,6 +8,7 @@ from architectures import ARCHITECTURES
 from cases import make_args
 from compressed import apply_qparams, list_sites
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
+from test_left_in_float import list_called, list_silent
 from torch.utils._pytree import tree_leaves
 
 import fxmse
@@ -78,6 +79,16 @@ def test_folded_graph_equals_compressed_tensors(name, format_name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
     in_float = list_tensors(dict(model(**inputs)))
     assert not torch.equal(ours[0], in_float[0])
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("name", EXPORTING)
+def test_what_is_matched_is_quantized_or_named(name):
+    model, program = export(name)
+    inputs = ARCHITECTURES[name].make_inputs(2, 0)
+    silent = list_silent(model, program, ["Linear", "Conv1d", "Conv2d", "Embedding"])
+    assert not silent & list_called(model, **inputs)
 
 
 def test_a_network_of_convolutions_has_no_nvfp4():

@@ -34,6 +34,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None, dyna
     if isinstance(model, ExportedProgram | GraphModule):
         captured = copy_graph_module(model.module() if isinstance(model, ExportedProgram) else model)
         evaluate(captured)
+        _name_parameters(captured)
         return captured
     if example_inputs is None:
         raise ValueError(
@@ -57,8 +58,28 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None, dyna
         for module, training in was_training.items():
             module.training = training
     captured = copy_graph_module(exported.module())
+    _name_parameters(captured)
     captured.meta[MODULES_KEY] = dict(model.named_modules())
     return captured
+
+
+def _name_parameters(graph_module: GraphModule) -> None:
+    """Has a graph read parameters by their names, where torch.export made constants of them.
+
+    So it does of those that a module reaches through a list.
+    """
+    names = {_identify(parameter): name for name, parameter in graph_module.named_parameters()}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        value = get_attribute(graph_module, str(node.target))
+        is_constant = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+        if is_constant and value.numel() and (name := names.get(_identify(value))):
+            node.target = name
+    graph_module.recompile()
+
+
+def _identify(tensor: Tensor) -> object:
+    place = tensor.data_ptr() or id(tensor)  # those without storage (meta) are told apart by identity
+    return place, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def copy_graph_module(graph_module: GraphModule) -> GraphModule:
