@@ -48,9 +48,10 @@ CONFIG_KEY = "fxmse_config"
 _DEFAULT_OBSERVER = "exact_mse"
 _FILES = (".json", ".yaml", ".yml")
 _DYNAMIC_STRATEGIES = ("tensor", "token", "group", "tensor_group")
-# What a checkpoint's quantization_config has beside a QuantizationConfig's fields.
+# What a checkpoint's quantization_config has beside a QuantizationConfig's fields: who wrote it, what else was done.
 _OTHER_KEYS = ("version", "provider")
-_UNAPPLIED_KEYS = ("sparsity_config", "transform_config")
+_UNAPPLIED_KEYS = ("sparsity_config", "transform_config", "moe_sparsity_config")
+_METHOD = "compressed-tensors"
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,16 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _parse(fields: Mapping[str, Any]) -> QuantizationConfig | QuantizationScheme:
     fields = fields.get("quantization_config", fields)
+    method = fields.get("quant_method") or _METHOD
+    if method != _METHOD:
+        raise ValueError(f"config has quant_method={method!r}: expected {_METHOD}, whose configs these are")
     unapplied = [key for key in _UNAPPLIED_KEYS if fields.get(key)]
     if unapplied:
         raise ValueError(f"config has {', '.join(unapplied)}, which fxmse does not apply: expected quantization alone")
-    fields = {key: value for key, value in fields.items() if key not in (*_OTHER_KEYS, *_UNAPPLIED_KEYS)}
+    # A key without a value says nothing: newer writers have some that are not known here.
+    fields = {
+        key: value for key, value in fields.items() if value is not None and key not in (*_OTHER_KEYS, *_UNAPPLIED_KEYS)
+    }
     parsed = QuantizationConfig if "config_groups" in fields else QuantizationScheme
     # QuantizationConfig ignores what it does not know, a misspelt ignore list for one.
     unknown = [key for key in fields if key not in parsed.model_fields]
