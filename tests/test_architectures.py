@@ -60,6 +60,7 @@ def list_tensors(outputs):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:targets and ignores that matched no module")
+@pytest.mark.filterwarnings("ignore:left in float.*a router")
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize(
