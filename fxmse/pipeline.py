@@ -17,7 +17,7 @@ from fxmse.calibration.observing import check_batches, get_probes, observe_batch
 from fxmse.calibration.ranks import Ranks, check_group
 from fxmse.capture.front_ends import capture, copy_graph_module
 from fxmse.config import Config
-from fxmse.passes import FoldFakeQuant, InsertObservers
+from fxmse.passes import FoldBatchNorm, FoldFakeQuant, InsertObservers
 from fxmse.passes.constants import find_free_weights, find_weights
 from fxmse.passes.finishing import finish_weights
 
@@ -34,6 +34,7 @@ def prepare(
     *,
     dynamic_shapes: Any = None,
     share_across: tuple[str, ...] = (),
+    fold_batch_norm: bool = False,
 ) -> GraphModule:
     """A graph of ``model`` with observers on the values that ``config`` wants quantized.
 
@@ -44,14 +45,19 @@ def prepare(
         example_inputs: a dict of keyword arguments, a tuple of positional ones, or a tensor.
         dynamic_shapes: for a module that is exported, as torch.export takes it; by default dimensions may vary.
         share_across: ops, "cat" or "add", whose observed inputs and output share their scale.
+        fold_batch_norm: fold batch norms into the layers before them first, whose weights are then quantized with them
+            (:class:`fxmse.passes.FoldBatchNorm`): what int8 kernels want.
 
     Returns:
-        The observed graph. It gives the same outputs as the model, and observes what runs through it.
+        The observed graph. It gives the same outputs as the model (with folded norms up to rounding), and observes
+        what runs through it.
 
     Raises:
         ValueError: a config that matches nothing or does not fit; a graph that was quantized already.
     """
     observed = capture(model, example_inputs, dynamic_shapes)
+    if fold_batch_norm:
+        FoldBatchNorm()(observed)
     InsertObservers(config, share_across)(observed)
     return observed
 
@@ -160,6 +166,7 @@ def quantize(
     *,
     dynamic_shapes: Any = None,
     share_across: tuple[str, ...] = (),
+    fold_batch_norm: bool = False,
     compile: bool = False,
     progress: bool = True,
 ) -> GraphModule:
@@ -168,7 +175,14 @@ def quantize(
     remaining = iter(batches)
     first = list(itertools.islice(remaining, 1))
     example = first[0] if first else None
-    observed = prepare(model, config, example, dynamic_shapes=dynamic_shapes, share_across=share_across)
+    observed = prepare(
+        model,
+        config,
+        example,
+        dynamic_shapes=dynamic_shapes,
+        share_across=share_across,
+        fold_batch_norm=fold_batch_norm,
+    )
     total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(itertools.chain(first, remaining), desc="calibrate", unit="batch", total=total, disable=not progress)
     return convert(calibrate(observed, bar, compile=compile, progress=False))

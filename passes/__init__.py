@@ -28,6 +28,7 @@ What they look for in a graph:
 The passes:
 
 - ``functionalize_modules``: calls of modules become functional, so that weights are visible.
+- ``fold_batch_norm``: batch norms become part of the layers before them.
 - ``decompose_attention``: fused attention becomes the products that it is made of.
 - ``insert_observers``: probes on the values that a config wants quantized.
 - ``fold_fake_quant``: probes become fake-quantize nodes.
@@ -37,6 +38,7 @@ The passes:
 
 from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.decompose_attention import DecomposeAttention
+from fxmse.passes.fold_batch_norm import FoldBatchNorm
 from fxmse.passes.fold_fake_quant import FoldFakeQuant
 from fxmse.passes.functionalize_modules import FunctionalizeModules
 from fxmse.passes.inline_regions import InlineRegions
@@ -47,6 +49,7 @@ from fxmse.passes.open_regions import OpenRegions
 __all__ = [
     "CloseRegions",
     "DecomposeAttention",
+    "FoldBatchNorm",
     "FoldFakeQuant",
     "FunctionalizeModules",
     "InlineRegions",

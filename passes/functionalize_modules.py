@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxmse.passes.base import GraphPass
 
-__all__ = ["FunctionalizeModules"]
+__all__ = ["FunctionalizeModules", "has_plain_call"]
 
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Any]] = {
     nn.Conv1d: F.conv1d,
@@ -56,10 +56,15 @@ class FunctionalizeModules(GraphPass):
         return bool(calls)
 
 
+def has_plain_call(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs its class's ``forward`` and nothing else."""
+    # Hooks (and parametrizations) run around a module's call and would be lost.
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def _is_replaceable(node: Node, module: nn.Module) -> bool:
     """Rules 1 and 2."""
-    # Hooks (and parametrizations) run around a module's call and would be lost.
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    if not has_plain_call(module):
         return False
     if type(module) is nn.Embedding:
         return module.max_norm is None

@@ -59,7 +59,9 @@ class LowerToQDQ(GraphPass):
         nodes = [node for node in graph_module.graph.nodes if is_fake_quantize(node)]
         reasons = {node: _find_reason(graph_module, node) for node in nodes}
         for node in nodes:
-            if not reasons[node] and _is_weight(node) and not _meets_int8_inputs(node, reasons):
+            if not reasons[node] and _is_weight(node) and _is_transposed(node):
+                reasons[node] = "there is no int8 kernel for transposed convolutions"
+            elif not reasons[node] and _is_weight(node) and not _meets_int8_inputs(node, reasons):
                 reasons[node] = "not every op that reads it multiplies it by an int8 activation"
             elif not reasons[node] and _is_weight(node) and _is_scaled(node):
                 reasons[node] = "the product that reads it has a factor alpha or beta"
@@ -141,6 +143,15 @@ def _meets_int8_inputs(weight: Node, reasons: dict[Node, str]) -> bool:
     return all(
         get_op_name(reader).lstrip("_") in _PRODUCTS
         and any(other is not weight and reasons.get(other, "-") == "" for other in reader.all_input_nodes)
+        for reader, _ in _find_readers(weight)
+    )
+
+
+def _is_transposed(weight: Node) -> bool:
+    """Whether a reader of a weight is a transposed convolution."""
+    return any(
+        get_op_name(reader).startswith("conv_transpose")
+        or (reader.target is torch.ops.aten.convolution.default and reader.args[6])
         for reader, _ in _find_readers(weight)
     )
 

@@ -14,7 +14,7 @@ from fxmse.capture.attributes import find_regions, get_attribute
 from fxmse.passes.op_names import get_op_name
 from fxmse.passes.probe import Probe
 
-__all__ = ["Versions", "list_operands", "may_share_memory"]
+__all__ = ["Versions", "identify_memory", "list_operands", "may_share_memory"]
 
 # What may give back its argument itself, though no schema says so.
 _PASS_ON = frozenset(
@@ -62,12 +62,15 @@ class Versions:
 def _identify_memory(graph_module: GraphModule, node: Node) -> object:
     """The memory behind an attribute, which may have several names and views."""
     value = get_attribute(graph_module, str(node.target))
-    if not isinstance(value, Tensor):
-        return node.target
+    return identify_memory(value) if isinstance(value, Tensor) else node.target
+
+
+def identify_memory(tensor: Tensor) -> object:
+    """What is equal for tensors that share memory, and for no others."""
     try:
-        return value.untyped_storage().data_ptr() or id(value)
+        return tensor.untyped_storage().data_ptr() or id(tensor)
     except (RuntimeError, NotImplementedError):  # as of tensor subclasses without storage
-        return id(value)
+        return id(tensor)
 
 
 def _find_effects(graph_module: GraphModule, node: Node) -> tuple[list[Node], list[Node]]:

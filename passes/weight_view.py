@@ -35,6 +35,12 @@ class WeightView:
             parameter = function(parameter, *args)
         return parameter
 
+    def revert(self, rows: Tensor) -> Tensor:
+        """The parameter from its rows."""
+        for function, args in self._from_rows:
+            rows = function(rows, *args)
+        return rows
+
     def trace(self, graph: Graph, parameter: Node) -> Node:
         """The same in a graph, at its insertion point."""
         return _trace(graph, parameter, self._to_rows)

@@ -152,6 +152,21 @@ def test_what_cannot_be_lowered_stays_and_is_listed(config, reason):
     torch.testing.assert_close(quantized(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_decomposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@torch.no_grad()
+def test_a_transposed_convolution_is_told_as_such(groups, is_decomposed):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=groups)).eval(), torch.randn(2, 4, 5, 5)
+    program = torch.export.export(model, (x,))
+    program = program.run_decompositions() if is_decomposed else program
+    quantized = fxmse.quantize(program, make_config("ConvTranspose2d", inputs=INPUTS), [x], progress=False)
+    expected = quantized(x)
+    with pytest.warns(UserWarning, match=r"0.weight \(there is no int8 kernel for transposed convolutions\)$"):
+        LowerToQDQ()(quantized)
+    torch.testing.assert_close(quantized(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_float16_stays():
     quantized, _ = quantize_mlp(W8A8, torch.float16)
     with pytest.warns(UserWarning, match=r"0.weight \(torch.float16\)"):
