@@ -11,7 +11,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxmse.capture.attributes import find_regions, get_attribute
+from fxmse.capture.attributes import find_place, find_regions, get_attribute
 from fxmse.config import (
     MODULES_KEY,
     AllLeftInFloatError,
@@ -136,10 +136,10 @@ def _find_hidden(
                 reason = f"{operator_name} runs it, whose graphs are not quantized"
                 found.setdefault((path, operation.class_name), (operation.module, reason))
     named = seen.union(path for path, _ in found)
-    read = {_identify(weight) for weight in weights}
+    read = {find_place(weight) for weight in weights}
     for path, module in {**list_modules(graph_module), **graph_module.meta.get(MODULES_KEY, {})}.items():
         matrices = _list_matrices(graph_module, path, module)
-        if path not in named and not all(_identify(matrix) in read for matrix in matrices):
+        if path not in named and not all(find_place(matrix) in read for matrix in matrices):
             reason = "no op of the graph that can be quantized reads its weight"
             found[path, type(module).__name__] = module, reason
     return found
@@ -148,10 +148,6 @@ def _find_hidden(
 def _list_weights(found: list[tuple[GraphModule, Versions, Operation]]) -> list[Tensor]:
     values = [(graph, operation.weight.value) for graph, _, operation in found if operation.weight]
     return [get_attribute(graph, str(value.target)) for graph, value in values if value.op == "get_attr"]
-
-
-def _identify(parameter: Tensor) -> int:
-    return parameter.data_ptr() or id(parameter)
 
 
 def _list_matrices(graph_module: GraphModule, path: str, module: nn.Module) -> list[nn.Parameter]:

@@ -59,20 +59,21 @@ def _choose_experts(indices: list[Node], router: Node, by_node: dict[Node, Opera
         return user not in by_node and not (_is_selection(user) and user.args[0] is not node)
 
     chosen = _follow(indices, is_followed)
-    given = None
-    for node in chosen:
-        for user in node.users:
-            if user in by_node and by_node[user].class_name != "Embedding":
-                return True
-            source = user.args[0] if user.args else None
-            if _is_selection(user) and isinstance(source, Node) and source not in chosen and _is_weight(source):
-                return user not in by_node
-            if get_op_name(user) in _FACTORS:
-                others = [other for other in by_node if other is not router]
-                given = given or _follow(others, lambda _, user: user is not router)
-                if any(other in given and other not in chosen for other in user.all_input_nodes):
-                    return True
-    return False
+    readers = {user for node in chosen for user in node.users}
+    if any(user in by_node and by_node[user].class_name != "Embedding" for user in readers):
+        return True
+    if any(_chooses_of_weight(user, chosen) for user in readers - by_node.keys()):
+        return True
+    factors = {source for user in readers if get_op_name(user) in _FACTORS for source in user.all_input_nodes}
+    if not factors:
+        return False
+    given = _follow((other for other in by_node if other is not router), lambda _, user: user is not router)
+    return any(factor in given and factor not in chosen for factor in factors)
+
+
+def _chooses_of_weight(user: Node, chosen: Collection[Node]) -> bool:
+    source = user.args[0] if user.args else None
+    return _is_selection(user) and isinstance(source, Node) and source not in chosen and _is_weight(source)
 
 
 def _is_selection(node: Node) -> bool:

@@ -90,7 +90,18 @@ class OneHot(Experts):
         return torch.einsum("etd,te->td", given, mask)
 
 
-ROUTED = {kind.__name__: kind for kind in (Indexed, Grouped, Dense, InGroups, OneHot)}
+class Labelled(Indexed):
+    """The experts' numbers have an embedding, too, which is read first."""
+
+    def __init__(self):
+        super().__init__()
+        self.labels = nn.Embedding(NUM_EXPERTS, 16)
+
+    def mix(self, x, scores):
+        return self.labels(scores.argmax(-1)) + super().mix(x, scores)
+
+
+ROUTED = {kind.__name__: kind for kind in (Indexed, Grouped, Dense, InGroups, OneHot, Labelled)}
 
 
 class Head(nn.Module):

@@ -6,7 +6,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-__all__ = ["copy_attribute", "find_owner", "find_regions", "get_attribute", "list_graphs", "make_container"]
+__all__ = [
+    "copy_attribute",
+    "find_owner",
+    "find_place",
+    "find_regions",
+    "get_attribute",
+    "list_graphs",
+    "make_container",
+]
 
 
 def get_attribute(graph_module: GraphModule, target: str) -> Any:
@@ -15,6 +23,11 @@ def get_attribute(graph_module: GraphModule, target: str) -> Any:
     for name in target.split("."):
         value = getattr(value, name)
     return value
+
+
+def find_place(tensor: Tensor) -> int:
+    """Where a tensor's values begin; those without storage (meta) are told apart by identity."""
+    return tensor.data_ptr() or id(tensor)
 
 
 def make_container(graph_module: GraphModule, path: str) -> nn.Module:

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from fxmse.capture.attributes import get_attribute
+from fxmse.capture.attributes import find_place, get_attribute
 from fxmse.capture.evaluation import evaluate
 from fxmse.capture.exporting import export_module, warn_if_fixed, without_cache
 from fxmse.config import CONFIG_KEY, MODULES_KEY
@@ -78,8 +78,7 @@ def _name_parameters(graph_module: GraphModule) -> None:
 
 
 def _identify(tensor: Tensor) -> object:
-    place = tensor.data_ptr() or id(tensor)  # those without storage (meta) are told apart by identity
-    return place, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+    return find_place(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def copy_graph_module(graph_module: GraphModule) -> GraphModule:
