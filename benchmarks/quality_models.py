@@ -55,7 +55,7 @@ class Method(NamedTuple):
     weights_kwargs: Fields = {}  # noqa: RUF012
 
     @property
-    def needs_importance(self) -> bool:
+    def needs_inputs(self) -> bool:
         """Whether weights wait for activations."""
         return "imatrix" in self.weights or bool(self.weights_kwargs.get("importance"))
 
@@ -108,7 +108,7 @@ def start(method: Method, name: str, model: nn.Module, program: ExportedProgram,
     if method.library == "PT2E":
         return start_pt2e(program, batches)
     scheme = make_scheme(name, method)
-    needs_data = scheme.input_activations is not None or method.needs_importance
+    needs_data = scheme.input_activations is not None or method.needs_inputs
     if method.library == "llm-compressor":
         return start_llm_compressor(model, scheme, batches if needs_data else None)
     return restart(fxmse.prepare(program, scheme), batches if needs_data else [], False)
@@ -152,7 +152,7 @@ def summarize_models(measured: Mapping[str, list[ModelRun]]) -> Iterator[Row]:
             "exact_mse ahead by": None,
             "+-": None,
         }
-        own = OWN_WITH_IMPORTANCE if METHODS[label].needs_importance else OWN
+        own = OWN_WITH_IMPORTANCE if METHODS[label].needs_inputs else OWN
         if own in means and own != label:
             ahead = means[own] - means[label]
             row["exact_mse ahead by"] = ahead.mean().item()

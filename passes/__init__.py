@@ -24,6 +24,7 @@ What they look for in a graph:
 - ``joins``: ops that join several values.
 - ``reads``: a config and a graph become sites.
 - ``naming``: what these are called.
+- ``input_nodes``: nodes on the values that meet weights.
 
 The passes:
 
