@@ -125,7 +125,7 @@ def find_operations(graph_module: GraphModule, versions: Versions) -> list[Opera
         node for o in operations if o.is_attention for node in (o.node, *(operand.reader for operand in o.operands))
     }
     return [
-        replace(o, is_part_of_attention=o.node in attention_nodes and not o.is_attention and not o.has_weight)
+        replace(o, is_meant_by_name=o.node in attention_nodes and not o.is_attention and not o.has_weight)
         for o in operations
     ]
 

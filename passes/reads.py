@@ -29,6 +29,7 @@ from fxmse.passes.operation import Argument, Operation, Weight
 from fxmse.passes.probe import find_probe, find_probes
 from fxmse.passes.quantizable_ops import find_fused, find_opaque_modules, find_operations
 from fxmse.passes.routers import find_routers
+from fxmse.passes.shortcuts import ADDITION, find_shortcuts
 from fxmse.passes.stand_ins import list_modules
 from fxmse.passes.versions import Versions, list_operands
 
@@ -73,7 +74,7 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
         ValueError: values that cannot be quantized as the config asks; all are named, each with its reason.
     """
     graphs = [(graph, Versions(graph)) for graph in list_open_graphs(graph_module)]
-    found = [(*entry, operation) for entry in graphs for operation in find_operations(*entry)]
+    found = [(*entry, operation) for entry in graphs for operation in _list_operations(config, *entry)]
     operations = [operation for _, _, operation in found]
     weighted = {(o.path, o.class_name): o.module for o in operations if o.has_weight}
     hidden = _find_hidden(graph_module, {path for path, _ in weighted}, _list_weights(found))
@@ -109,6 +110,13 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
         names = "\n  ".join(dict.fromkeys(refused))
         raise ValueError(f"the config asks for what cannot be quantized so:\n  {names}")
     return reads
+
+
+def _list_operations(config: QuantizationConfig, graph_module: GraphModule, versions: Versions) -> list[Operation]:
+    operations = find_operations(graph_module, versions)
+    if any(ADDITION in scheme.targets for scheme in config.config_groups.values()):
+        operations += find_shortcuts(graph_module, versions, operations)
+    return operations
 
 
 def _find_unnamed_routers(config: QuantizationConfig, operations: list[Operation]) -> dict[Node, Operation]:
@@ -191,8 +199,8 @@ def _find_scheme(
     if operation.has_weight:
         return matches.modules.get((operation.path, operation.class_name))
     scheme = matches.functions.get((operation.path, operation.class_name))
-    if scheme and operation.is_part_of_attention and operation.class_name not in scheme.targets:
-        return None  # a target that names the module means its attention
+    if scheme and operation.is_meant_by_name and operation.class_name not in scheme.targets:
+        return None
     if scheme is None and kv_cache_scheme and operation.is_attention:
         return QuantizationScheme(targets=[], input_activations=kv_cache_scheme)
     return scheme
