@@ -60,6 +60,7 @@ class Weight:
         argument: where.
         view: how it becomes (out, in).
         is_observed: whether a probe stands between the two.
+        as_read: of a parameter of which the op is known to read some rows or matrices alone, the weight that those are.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Weight:
     argument: Argument
     view: WeightView
     is_observed: bool
+    as_read: "Weight | None" = None
 
 
 @dataclass(frozen=True)

@@ -210,20 +210,32 @@ def _find_weight(graph_module: GraphModule, versions: Versions, node: Node, sign
     """The parameter whose rows are the weight's; else the weight as it is read, where it follows from parameters."""
     value, layout = signature.weight.get(node), signature.layout
     groups = (signature.groups and signature.groups.get(node)) or 1
-    is_matrix = layout in _SWAPPED
-    found = find_parameter(graph_module, node, value, is_matrix=is_matrix)
-    if found and not versions.is_written(found.parameter):
-        parameter = get_attribute(graph_module, str(found.parameter.target))
-        view = WeightView(_SWAPPED[layout] if found.is_transposed else layout, tuple(parameter.shape), groups)
-        argument = signature.weight if found.reader is node else Argument(0, "input")
-        return Weight(
-            _name_parameter(found.parameter), found.parameter, found.reader, argument, view, found.is_observed
-        )
+    found = find_parameter(graph_module, node, value, is_matrix=layout in _SWAPPED)
+    if found is None or versions.is_written(found.parameter):
+        return _find_computed(graph_module, versions, node, signature, groups)
+    parameter = get_attribute(graph_module, str(found.parameter.target))
+    view = WeightView(_SWAPPED[layout] if found.is_transposed else layout, tuple(parameter.shape), groups)
+    return Weight(
+        _name_parameter(found.parameter),
+        found.parameter,
+        found.reader,
+        signature.weight if found.reader is node else Argument(0, "input"),
+        view,
+        found.is_observed,
+        _find_computed(graph_module, versions, node, signature, groups) if found.is_picked else None,
+    )
+
+
+def _find_computed(
+    graph_module: GraphModule, versions: Versions, node: Node, signature: _Signature, groups: int
+) -> Weight | None:
+    """The weight as it is read; None where it does not follow from parameters."""
+    value, layout = signature.weight.get(node), signature.layout
     sources = find_sources(graph_module, versions, value)
     if not sources or not isinstance(value, Node):
         return None
     reader = node
-    if is_matrix:
+    if layout in _SWAPPED:
         reader, value, is_transposed = skip_transposes(node, value, measure_shape(graph_module, value).dim())
         layout = _SWAPPED[layout] if is_transposed else layout
     view = WeightView(layout, tuple(measure_shape(graph_module, value).shape), groups)

@@ -35,6 +35,8 @@ from fxmse.passes.versions import Versions, list_operands
 
 __all__ = ["Read", "find_reads"]
 
+# Of these, a row's scale depends on other rows, too.
+_SHARED_BY_ROWS = ("tensor", "block", "tensor_group")
 _ROUTER = "a router, whose result chooses experts: a target that names it quantizes it"
 
 
@@ -238,6 +240,8 @@ class _Request:
 
 def _list_requests(graph_module: GraphModule, operation: Operation, scheme: QuantizationScheme) -> Iterator[_Request]:
     node, weight = operation.node, operation.weight
+    if weight and weight.as_read and scheme.weights and scheme.weights.strategy in _SHARED_BY_ROWS:
+        weight = weight.as_read  # rows that it does not read shall not have a say
     leaf = weight.name.rpartition(".")[2] if weight else "weight"
     prefix = "" if leaf == "weight" else f"{leaf}_"
     if scheme.weights and weight and not weight.is_observed:

@@ -20,6 +20,34 @@ def quantize_weight(weight, num_bits=8):
     return (weight / scale).round().clamp(-limit, limit - 1) * scale
 
 
+def quantize_tensor(weight, num_bits=8):
+    """Symmetric, one scale for all."""
+    return quantize_weight(weight.reshape(1, -1), num_bits).reshape(weight.shape)
+
+
+def quantize_groups(weight, size, num_bits=4):
+    """Symmetric, a scale for ``size`` elements of a row."""
+    return quantize_weight(weight.reshape(-1, size), num_bits).reshape(weight.shape)
+
+
+def quantize_blocks(weight, height, width, num_bits=8):
+    """Symmetric, a scale for each block of a matrix; those at its ends are what is left of it."""
+    rows = weight.split(height, 0)
+    blocks = [[quantize_tensor(block, num_bits) for block in row.split(width, 1)] for row in rows]
+    return torch.cat([torch.cat(row, 1) for row in blocks])
+
+
+def quantize_nvfp4(weight, size=16):
+    """Scales in e4m3 of groups, which the largest magnitude of all brings into its range; values in fp4 (e2m1)."""
+    groups = weight.reshape(-1, size)
+    global_scale = 448 * 6 / groups.abs().max().float()
+    scale = (groups.abs().amax(1, keepdim=True).float() / 6 * global_scale).to(torch.float8_e4m3fn).to(weight.dtype)
+    scale = scale / global_scale.to(weight.dtype)
+    steps = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=weight.dtype)
+    nearest = ((groups / scale).abs()[..., None] - steps).abs().argmin(-1)  # of two that are as near, neither occurs
+    return (steps[nearest] * scale * groups.sign()).reshape(weight.shape)
+
+
 def quantize_input(x, low, high, num_bits=8):
     """Asymmetric, one scale for all, of a range that is made to hold 0."""
     low, high = torch.tensor([min(float(low), 0.0), max(float(high), 0.0)]).float()

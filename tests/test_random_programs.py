@@ -128,6 +128,10 @@ FOUND = {
         ("self.p = nn.Parameter(torch.randn(9, 8))",),
         ("y = F.linear(x, self.p.narrow(0, 1, 8))", "y = (5 * y).matmul(self.p.narrow(0, 1, 8).mT)"),
     ),
+    "two layers of one matrix": (
+        ("self.p = nn.Parameter(torch.randn(16, 8))",),
+        ("y = F.linear(5 * x, self.p[:8])", "y = F.linear(y, self.p[8:])"),
+    ),
     "a product that is written": (
         ("self.p = nn.Parameter(torch.randn(8, 8))",),
         ("y = torch.einsum('...i,oi->...o', x, self.p)", "y.mul_(2)", "y = y + x @ self.p.t()"),
