@@ -121,12 +121,30 @@ def find_operations(graph_module: GraphModule, versions: Versions) -> list[Opera
             operations.append(_make_weighted(graph_module, versions, node, signature))
         elif signature := _find_product(node):
             operations.append(_make_product(graph_module, versions, node, signature))
+    inner = _find_inner(operations)
     attention_nodes = {
         node for o in operations if o.is_attention for node in (o.node, *(operand.reader for operand in o.operands))
     }
     return [
         replace(o, is_meant_by_name=o.node in attention_nodes and not o.is_attention and not o.has_weight)
         for o in operations
+        if o not in inner
+    ]
+
+
+def _find_inner(operations: list[Operation]) -> list[Operation]:
+    """Products that do nothing but compute another op's weight, which is quantized as computed."""
+    computations: dict[Node, Node] = {}  # a node, and the op whose weight it computes
+    for operation in operations:
+        waiting = [operation.weight.value] if operation.weight else []
+        while waiting:
+            node = waiting.pop()
+            computations.setdefault(node, operation.weight.reader)  # type: ignore[union-attr]
+            waiting += node.all_input_nodes
+    return [
+        o
+        for o in operations
+        if o.node in computations and all(u in computations or u is computations[o.node] for u in o.node.users)
     ]
 
 

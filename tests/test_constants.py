@@ -70,6 +70,13 @@ READS = {
         None,
     ),
     "product": ((8, 16), lambda m, x, q: F.linear(x, q(m.weight * m.other)), (4, 16), (8, 1)),
+    "low rank": ((8, 4), lambda m, x, q: F.linear(x, q(m.weight @ m.other)), (4, 16), (4, 16)),
+    "a sum with low rank": (
+        (16, 16),
+        lambda m, x, q: F.linear(x, q(m.weight + 0.5 * torch.mm(m.other, m.other.t()))),
+        (4, 16),
+        (16, 4),
+    ),
     "normed": ((8, 16), lambda m, x, q: F.linear(x, q(F.normalize(m.weight, dim=1))), (4, 16), None),
     "convolution standardised": (
         (6, 3, 3, 3),
