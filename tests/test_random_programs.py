@@ -237,3 +237,80 @@ def test_parameters_in_lists_are_parameters(op, front_end):
     init = ("self.p = nn.Parameter(torch.randn(8, 8))", "self.several = [self.p]", "self.a = nn.Linear(8, 8)")
     program = Program(init, (f"y = self.a(5 * {op})",), ("y",))
     check(program, front_end)
+
+
+THREE_LAYERS = ("self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)",)
+CACHE = (*THREE_LAYERS, "self.register_buffer('cache', torch.zeros(4, 6, 8))")
+READ_BEFORE = ("y = self.a(x)", "z = self.b(y)")
+# What hypothesis does not write, by hand.
+SPELLINGS = {
+    "y[...] =": (THREE_LAYERS, (*READ_BEFORE, "y[...] = z * 3", "y = self.c(y) + z")),
+    "where with out": (THREE_LAYERS, (*READ_BEFORE, "torch.where(z > 0, z, y * 5, out=y)", "y = self.c(y)")),
+    "index_put_": (
+        THREE_LAYERS,
+        (*READ_BEFORE, "y.index_put_((torch.tensor([0, 1]),), z[0] * 9)", "y = self.c(y)"),
+    ),
+    "narrow and copy_": (
+        THREE_LAYERS,
+        (*READ_BEFORE, "y.narrow(-1, 0, 4).copy_(z.narrow(-1, 4, 4) * 6)", "y = self.c(y)"),
+    ),
+    "masked_scatter_": (THREE_LAYERS, (*READ_BEFORE, "y.masked_scatter_(y > 0, z * 4)", "y = self.c(y)")),
+    "views of views": (
+        THREE_LAYERS,
+        (*READ_BEFORE, "y.unflatten(-1, (2, 4)).select(-2, 0).mul_(7)", "y = self.c(y) + z"),
+    ),
+    "lerp_ and addcmul_": (THREE_LAYERS, (*READ_BEFORE, "y.lerp_(z, 0.9).addcmul_(z, z, value=5)", "y = self.c(y)")),
+    "a loop": (THREE_LAYERS, ("y = self.a(x)", "for i in range(3): y[:, i] = self.b(y)[:, i] * 2", "y = self.c(y)")),
+    "a cache": (
+        CACHE,
+        (
+            "self.cache[:, :3] = self.a(x)[:, :3]",
+            "y = self.b(self.cache)",
+            "self.cache[:, 3:] = y[:, 3:] * 4",
+            "y = self.c(self.cache) + y",
+        ),
+    ),
+    "a cache by index_copy_": (
+        CACHE,
+        (
+            "self.cache.index_copy_(1, torch.tensor([0, 2]), self.a(x)[:, :2])",
+            "y = self.b(self.cache)",
+            "self.cache.mul_(2)",
+            "y = self.c(self.cache) + y",
+        ),
+    ),
+    "regions in regions": (
+        THREE_LAYERS,
+        (
+            "with torch.no_grad(), torch.autocast('cpu', enabled=False):",
+            "    y = self.a(x)",
+            "    with torch.enable_grad(): y = self.b(y)",
+            "y = self.c(y)",
+        ),
+    ),
+    "parameters in a list": (
+        ("self.p = nn.ParameterList([nn.Parameter(torch.randn(8, 8)) for _ in range(3)])",),
+        ("y = x", "for p in self.p: y = torch.tanh(F.linear(3 * y, p))"),
+    ),
+    "functional_call": (
+        THREE_LAYERS,
+        ("y = torch.func.functional_call(self.a, {'weight': self.b.weight, 'bias': self.b.bias}, (self.a(x),))",),
+    ),
+    "a block diagonal": (
+        THREE_LAYERS,
+        ("y = F.linear(torch.cat([x, x], -1), torch.block_diag(self.a.weight, self.b.weight))",),
+    ),
+    "rows of two layers": (
+        THREE_LAYERS,
+        ("y = F.linear(x, torch.vstack([self.a.weight, self.b.weight]))[..., :8] + self.a(2 * x)",),
+    ),
+    "a triangle": (THREE_LAYERS, ("y = F.linear(x, self.a.weight.tril()) + self.a(3 * x)",)),
+    "low rank": (("self.p = nn.Parameter(torch.randn(16, 8))",), ("y = F.linear(x, self.p[:8] @ self.p[8:])",)),
+}
+
+
+@pytest.mark.parametrize("front_end", ["export", "calibration"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings(name, front_end):
+    init, lines = SPELLINGS[name]
+    check(Program(init, lines, ("y",)), front_end)
