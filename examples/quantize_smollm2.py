@@ -111,7 +111,7 @@ def make_batches(windows: Tensor) -> list[dict[str, Tensor]]:
 
 
 def measure_perplexity(model: Callable[..., Any], batches: list[dict[str, Tensor]]) -> float:
-    """exp of the mean over tokens of their negative log-likelihood, given those before them in their window."""
+    """The exponential of tokens' mean negative log-likelihood, each given those before it in its window."""
     losses = []
     for batch in batches:
         logits, following = model(**batch).logits[:, :-1], batch["input_ids"][:, 1:]
@@ -146,7 +146,8 @@ def main() -> None:
     held_out = make_batches(spread(cut_windows(tokenizer, held_out_text, WINDOW), NUM_HELD_OUT))
 
     start = time.perf_counter()
-    quantized = fxmse.quantize(model, CONFIG, calibration, progress=False)
+    with fxmse.compilation("always"):  # a search of so many weights pays for its compilation at once
+        quantized = fxmse.quantize(model, CONFIG, calibration, progress=False)
     seconds = time.perf_counter() - start
     print(f"quantized by {options.windows} windows of {WINDOW} tokens in {seconds:.0f} s")
     perplexities = [measure_perplexity(run, held_out) for run in (model, quantized)]
