@@ -226,9 +226,9 @@ def compare_language(options: argparse.Namespace) -> list[Row]:
         f"{held_out_length} held out, perplexity of the float model {math.exp(float_run.loss):.3f}, ahead of "
         f"{options.against}, {torch.get_num_threads()} threads\n"
     )
-    columns = dict.fromkeys(column for row in rows for column in row if column not in ("first s", "s"))
-    columns |= {"first s": None, "s": None}
+    filled = [column for row in rows for column, value in row.items() if value is not None]
+    columns = sorted(dict.fromkeys(filled), key=lambda column: column in ("first s", "s"))
     digits = {"perplexity": ".3f", "perplexity +-": ".3f", "first s": ".1f", "s": ".1f", "draws": ""}
     table = [[row.get(column) for column in columns] for row in rows]
-    print(tabulate(table, list(columns), floatfmt=[digits.get(c, ".4f") for c in columns], tablefmt="github"))
+    print(tabulate(table, columns, floatfmt=[digits.get(c, ".4f") for c in columns], tablefmt="github"))
     return rows

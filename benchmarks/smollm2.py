@@ -1,7 +1,9 @@
 """SmolLM2-135M-Instruct: its weights, and windows of tokens in draws."""
 
+import atexit
 import functools
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -19,8 +21,14 @@ HEAD = "lm_head"
 
 @functools.cache
 def load_model() -> nn.Module:
-    """SmolLM2-135M-Instruct in float32."""
-    return example.load_model()
+    """SmolLM2-135M-Instruct in float32, and a folder that its config names: llm-compressor looks into it."""
+    model = example.load_model()
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    model.config.save_pretrained(folder.name)
+    example.load_tokenizer().save_pretrained(folder.name)
+    model.name_or_path = model.config._name_or_path = folder.name
+    return model
 
 
 @functools.cache
