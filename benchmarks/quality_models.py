@@ -24,6 +24,7 @@ from calibrate import Batches, Calibration, example, restart, start_pt2e
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from formats import INPUTS, WEIGHTS, Fields
 from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from minilm import load_batches, load_model
 from permutation import permute_channels
@@ -37,7 +38,8 @@ import fxmse
 
 __all__ = ["METHODS", "MODELS", "compare_models"]
 
-MODELS: dict[str, tuple[Fields, Fields | None]] = {
+Formats = tuple[Fields, Fields | None]  # of weights and of inputs; None stays in float
+MODELS: dict[str, Formats] = {
     "W8A8": (WEIGHTS["int8 channel"], INPUTS["input int8 asymmetric"]),
     "W4A8 g32": (WEIGHTS["int4 g32"], INPUTS["input int8 asymmetric"]),
     "W4A16 g32": (WEIGHTS["int4 g32"], None),
@@ -57,7 +59,7 @@ class Method(NamedTuple):
     @property
     def needs_inputs(self) -> bool:
         """Whether weights wait for activations."""
-        return "imatrix" in self.weights or bool(self.weights_kwargs.get("importance"))
+        return "imatrix" in self.weights or self.weights == "output_mse" or bool(self.weights_kwargs.get("importance"))
 
 
 OWN, OWN_WITH_IMPORTANCE = "fxmse exact_mse", "fxmse exact_mse, importance"
@@ -68,6 +70,7 @@ METHODS = {
     "fxmse imatrix_mse + mse": Method("fxmse", "imatrix_mse", "mse"),
     OWN: Method("fxmse", "exact_mse", "exact_mse"),
     OWN_WITH_IMPORTANCE: Method("fxmse", "exact_mse", "exact_mse", {"importance": True}),
+    "fxmse output_mse": Method("fxmse", "output_mse", "exact_mse"),
     "llm-compressor memoryless_mse + mse": Method("llm-compressor", "memoryless_mse", "mse"),
     "llm-compressor nvfp4_expanded_mse": Method("llm-compressor", "nvfp4_expanded_mse", "mse"),
     "llm-compressor imatrix_mse + mse": Method("llm-compressor", "imatrix_mse", "mse"),
@@ -75,9 +78,9 @@ METHODS = {
 }
 
 
-def make_scheme(name: str, method: Method) -> QuantizationScheme:
-    """A scheme of :data:`MODELS` with a method's observers."""
-    weights, inputs = MODELS[name]
+def make_scheme(formats: Formats, method: Method) -> QuantizationScheme:
+    """A scheme with a method's observers."""
+    weights, inputs = formats
     is_local = inputs is not None and inputs.get("dynamic") == "local"
     return QuantizationScheme(
         targets=["Linear"],
@@ -87,14 +90,15 @@ def make_scheme(name: str, method: Method) -> QuantizationScheme:
     )
 
 
-def start_llm_compressor(model: nn.Module, scheme: QuantizationScheme, batches: Batches | None) -> Calibration:
+def start_llm_compressor(
+    model: nn.Module, recipe: Modifier, batches: Batches | None, pipeline: str = "basic"
+) -> Calibration:
     """llm-compressor's, on a copy of the model; without data where it needs none."""
     model = copy.deepcopy(model)
-    recipe = QuantizationModifier(config_groups={"all": scheme})
     data: Fields = {"pipeline": "datafree"}
     if batches is not None:
         loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-        data = {"pipeline": "basic", "dataset": loader}
+        data = {"pipeline": pipeline, "dataset": loader}
 
     def run() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -107,10 +111,11 @@ def start(method: Method, name: str, model: nn.Module, program: ExportedProgram,
     """A calibration of one scheme by one method."""
     if method.library == "PT2E":
         return start_pt2e(program, batches)
-    scheme = make_scheme(name, method)
+    scheme = make_scheme(MODELS[name], method)
     needs_data = scheme.input_activations is not None or method.needs_inputs
     if method.library == "llm-compressor":
-        return start_llm_compressor(model, scheme, batches if needs_data else None)
+        recipe = QuantizationModifier(config_groups={"all": scheme})
+        return start_llm_compressor(model, recipe, batches if needs_data else None)
     return restart(fxmse.prepare(program, scheme), batches if needs_data else [], False)
 
 

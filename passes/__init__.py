@@ -21,6 +21,7 @@ What they look for in a graph:
 - ``stand_ins``: the modules that nodes were traced from, for matching.
 - ``quantizable_ops``: all ops that can be quantized.
 - ``routers``: which of them choose experts.
+- ``shortcuts``: what is added to the output of convolutions.
 - ``joins``: ops that join several values.
 - ``reads``: a config and a graph become sites.
 - ``naming``: what these are called.

@@ -107,7 +107,9 @@ def _is_pure(graph_module: GraphModule, node: Node) -> bool:
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         is_random = torch.Tag.nondeterministic_seeded in node.target.tags
-        return not is_random and not node.target._schema.is_mutable
+        # What is detached in place is a copy, if it is not the attribute itself.
+        is_detached_copy = node.target is torch.ops.aten.detach_.default and node.all_input_nodes[0].op != "get_attr"
+        return not is_random and (is_detached_copy or not node.target._schema.is_mutable)
     name = get_op_name(node)
     return not _RANDOM.fullmatch(name) and (not name.endswith("_") or name.endswith("__"))
 

@@ -182,7 +182,13 @@ def _identify_layer(read: Read, value: object) -> object:
         return value
     weight = read.operation.weight
     # What no module owns is called after its node, which is another one in every graph.
-    owner = _identify_weight(read, weight) if weight else None if read.operation.has_weight else read.graph_module
+    owner = (
+        _identify_weight(read, weight.as_read or weight)
+        if weight
+        else None
+        if read.operation.has_weight
+        else read.graph_module
+    )
     return read.site.name, repr(read.site.args), owner
 
 

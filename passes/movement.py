@@ -53,12 +53,14 @@ class FoundParameter:
         reader: the first node that reads it, or the probe on it.
         is_transposed: whether its last two dimensions are swapped on the way; not found out of what is observed.
         is_observed: whether a probe is on the way.
+        is_picked: whether some of its rows or matrices are picked on the way, in any order.
     """
 
     parameter: Node
     reader: Node
     is_transposed: bool
     is_observed: bool
+    is_picked: bool = False
 
 
 def find_parameter(
@@ -96,7 +98,7 @@ def find_parameter(
         matrix = matrix and matrix.follow(node)
     if matrix is None or not matrix.is_last:
         return None
-    return FoundParameter(value, first, matrix.is_swapped, is_observed=False)
+    return FoundParameter(value, first, matrix.is_swapped, is_observed=False, is_picked=matrix.is_picked)
 
 
 def skip_transposes(reader: Node, value: Node, num_dims: int) -> tuple[Node, Node, bool]:
@@ -134,7 +136,8 @@ class _Matrix:
         sizes: of the two dimensions, in the parameter's order.
         rows: the place of the parameter's second to last dimension, counted from the end.
         columns: that of its last one.
-        pieces: of how many values this is a list of, as chunks are: None for a tensor.
+        pieces: whether this is a list of values, as chunks are.
+        is_picked: whether some of the rows or matrices were picked, in any order.
     """
 
     num_dims: int | None
@@ -142,6 +145,7 @@ class _Matrix:
     rows: int = -2
     columns: int = -1
     pieces: bool = False
+    is_picked: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -187,12 +191,14 @@ class _Matrix:
         if dim in (self.rows, self.columns):
             return None
         moved = [place + 1 if place < dim else place for place in (self.rows, self.columns)]
-        return replace(self, num_dims=self.num_dims and self.num_dims - 1, rows=moved[0], columns=moved[1])
+        is_picked = self.is_picked or target in _SELECTS
+        num_dims = self.num_dims and self.num_dims - 1
+        return replace(self, num_dims=num_dims, rows=moved[0], columns=moved[1], is_picked=is_picked)
 
     def _pick(self, node: Node, position: int, default: int, pieces: bool = False) -> "_Matrix | None":
         """Some of the entries of a dimension, in order or not: whole matrices, or rows."""
         dim = self._from_end(_get_argument(node, position, "dim", default))
-        return None if dim is None or dim == self.columns else replace(self, pieces=pieces)
+        return None if dim is None or dim == self.columns else replace(self, pieces=pieces, is_picked=True)
 
     def _from_end(self, dim: object, extra: int = 0) -> int | None:
         """A dimension counted from the end."""
@@ -235,12 +241,13 @@ class _Matrix:
                 return None
             if from_end == self.rows and not isinstance(entry, slice):
                 return None
-        if all(isinstance(entry, slice) for entry in entries):
-            return self
+        is_picked = self.is_picked or any(entry != slice(None) for entry in entries)
         if all(isinstance(entry, int | slice) for entry in entries):
-            return replace(self, num_dims=num_dims - sum(isinstance(entry, int) for entry in entries))
+            num_dims -= sum(isinstance(entry, int) for entry in entries)
+            return replace(self, num_dims=num_dims, is_picked=is_picked)
         # An index's own dimensions take the place of those that it picks from, which are before the matrix.
-        return replace(self, num_dims=None) if max(self.rows, self.columns) == -1 else None
+        is_last = max(self.rows, self.columns) == -1
+        return replace(self, num_dims=None, is_picked=is_picked) if is_last else None
 
     def _reshape(self, node: Node) -> "_Matrix | None":
         """New leading dimensions before a matrix that stays as it is."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from fxmse.capture.attributes import copy_attribute, find_regions, get_attribute
 from fxmse.capture.front_ends import copy_graph_module
@@ -15,7 +16,7 @@ from fxmse.passes.base import GraphPass
 from fxmse.passes.constants import find_sources
 from fxmse.passes.versions import Versions
 
-__all__ = ["OPERAND_KEY", "OPERATORS", "OpenRegions", "find_open", "is_plain", "list_open_graphs"]
+__all__ = ["OPERAND_KEY", "OPERATORS", "OpenRegions", "find_open", "is_passed_in", "is_plain", "list_open_graphs"]
 
 OPERAND_KEY = "fxmse_operand"
 """Where a region's constant has in its ``meta`` which placeholder of the region's it stands for."""
@@ -101,7 +102,7 @@ OPERATORS: dict[Any, tuple[int, Callable[..., Any]]] = {
 }
 """Of each operator, which argument lists what its regions read and is the same each time (they have it as their last
 inputs), and what runs it while it is open."""
-_RUNNERS = {runner for _, runner in OPERATORS.values()}
+_RUNNERS = {runner: place for place, runner in OPERATORS.values()}
 
 
 def find_open(graph_module: GraphModule) -> list[Node]:
@@ -115,6 +116,14 @@ def list_open_graphs(graph_module: GraphModule) -> Iterator[GraphModule]:
     for node in find_open(graph_module):
         for region in find_regions(graph_module, node):
             yield from list_open_graphs(region)
+
+
+def is_passed_in(node: Node, constant: Node) -> bool:
+    """Whether an open node reads a constant as an operand alone, which its regions have as their own by rule 1."""
+    if node.target not in _RUNNERS:
+        return False
+    others = [argument for place, argument in enumerate(node.args) if place != _RUNNERS[node.target]]
+    return constant not in tree_leaves((others, node.kwargs))
 
 
 def _unshare(graph_module: GraphModule, node: Node) -> None:

@@ -60,6 +60,7 @@ class Weight:
         argument: where.
         view: how it becomes (out, in).
         is_observed: whether a probe stands between the two.
+        as_read: of a parameter of which the op is known to read some rows or matrices alone, the weight that those are.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Weight:
     argument: Argument
     view: WeightView
     is_observed: bool
+    as_read: "Weight | None" = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Operation:
         has_weight: whether one of its arguments is a weight.
         weight: where that is; None, too, where it depends on the data.
         operands: the activations that it reads; none for an embedding, which reads indices.
-        is_part_of_attention: whether it is one of the matrix products that attention is written out in.
+        is_meant_by_name: whether a target means it by its function's name alone, not by that of the module around it:
+            one of the matrix products that attention is written out in, or the addition of a shortcut.
     """
 
     node: Node
@@ -93,7 +96,7 @@ class Operation:
     has_weight: bool
     weight: Weight | None
     operands: tuple[Operand, ...]
-    is_part_of_attention: bool = False
+    is_meant_by_name: bool = False
 
     @property
     def is_attention(self) -> bool:

@@ -121,12 +121,30 @@ def find_operations(graph_module: GraphModule, versions: Versions) -> list[Opera
             operations.append(_make_weighted(graph_module, versions, node, signature))
         elif signature := _find_product(node):
             operations.append(_make_product(graph_module, versions, node, signature))
+    inner = _find_inner(operations)
     attention_nodes = {
         node for o in operations if o.is_attention for node in (o.node, *(operand.reader for operand in o.operands))
     }
     return [
-        replace(o, is_part_of_attention=o.node in attention_nodes and not o.is_attention and not o.has_weight)
+        replace(o, is_meant_by_name=o.node in attention_nodes and not o.is_attention and not o.has_weight)
         for o in operations
+        if o not in inner
+    ]
+
+
+def _find_inner(operations: list[Operation]) -> list[Operation]:
+    """Products that do nothing but compute another op's weight, which is quantized as computed."""
+    computations: dict[Node, Node] = {}  # a node, and the op whose weight it computes
+    for operation in operations:
+        waiting = [operation.weight.value] if operation.weight else []
+        while waiting:
+            node = waiting.pop()
+            computations.setdefault(node, operation.weight.reader)  # type: ignore[union-attr]
+            waiting += node.all_input_nodes
+    return [
+        o
+        for o in operations
+        if o.node in computations and all(u in computations or u is computations[o.node] for u in o.node.users)
     ]
 
 
@@ -210,20 +228,32 @@ def _find_weight(graph_module: GraphModule, versions: Versions, node: Node, sign
     """The parameter whose rows are the weight's; else the weight as it is read, where it follows from parameters."""
     value, layout = signature.weight.get(node), signature.layout
     groups = (signature.groups and signature.groups.get(node)) or 1
-    is_matrix = layout in _SWAPPED
-    found = find_parameter(graph_module, node, value, is_matrix=is_matrix)
-    if found and not versions.is_written(found.parameter):
-        parameter = get_attribute(graph_module, str(found.parameter.target))
-        view = WeightView(_SWAPPED[layout] if found.is_transposed else layout, tuple(parameter.shape), groups)
-        argument = signature.weight if found.reader is node else Argument(0, "input")
-        return Weight(
-            _name_parameter(found.parameter), found.parameter, found.reader, argument, view, found.is_observed
-        )
+    found = find_parameter(graph_module, node, value, is_matrix=layout in _SWAPPED)
+    if found is None or versions.is_written(found.parameter):
+        return _find_computed(graph_module, versions, node, signature, groups)
+    parameter = get_attribute(graph_module, str(found.parameter.target))
+    view = WeightView(_SWAPPED[layout] if found.is_transposed else layout, tuple(parameter.shape), groups)
+    return Weight(
+        _name_parameter(found.parameter),
+        found.parameter,
+        found.reader,
+        signature.weight if found.reader is node else Argument(0, "input"),
+        view,
+        found.is_observed,
+        _find_computed(graph_module, versions, node, signature, groups) if found.is_picked else None,
+    )
+
+
+def _find_computed(
+    graph_module: GraphModule, versions: Versions, node: Node, signature: _Signature, groups: int
+) -> Weight | None:
+    """The weight as it is read; None where it does not follow from parameters."""
+    value, layout = signature.weight.get(node), signature.layout
     sources = find_sources(graph_module, versions, value)
     if not sources or not isinstance(value, Node):
         return None
     reader = node
-    if is_matrix:
+    if layout in _SWAPPED:
         reader, value, is_transposed = skip_transposes(node, value, measure_shape(graph_module, value).dim())
         layout = _SWAPPED[layout] if is_transposed else layout
     view = WeightView(layout, tuple(measure_shape(graph_module, value).shape), groups)

@@ -24,17 +24,22 @@ from fxmse.config import (
 )
 from fxmse.formats.layout import Layout
 from fxmse.passes.constants import measure_shape
+from fxmse.passes.op_names import get_op_name
 from fxmse.passes.open_regions import list_open_graphs
 from fxmse.passes.operation import Argument, Operation, Weight
 from fxmse.passes.probe import find_probe, find_probes
 from fxmse.passes.quantizable_ops import find_fused, find_opaque_modules, find_operations
 from fxmse.passes.routers import find_routers
+from fxmse.passes.shortcuts import ADDITION, find_shortcuts
 from fxmse.passes.stand_ins import list_modules
 from fxmse.passes.versions import Versions, list_operands
 
 __all__ = ["Read", "find_reads"]
 
+# Of these, a row's scale depends on other rows, too.
+_SHARED_BY_ROWS = ("tensor", "block", "tensor_group")
 _ROUTER = "a router, whose result chooses experts: a target that names it quantizes it"
+_VMAP = "torch.vmap runs it, which hides a dimension of its activations: its weight alone could be quantized"
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
         ValueError: values that cannot be quantized as the config asks; all are named, each with its reason.
     """
     graphs = [(graph, Versions(graph)) for graph in list_open_graphs(graph_module)]
-    found = [(*entry, operation) for entry in graphs for operation in find_operations(*entry)]
+    found = [(*entry, operation) for entry in graphs for operation in _list_operations(config, *entry)]
     operations = [operation for _, _, operation in found]
     weighted = {(o.path, o.class_name): o.module for o in operations if o.has_weight}
     hidden = _find_hidden(graph_module, {path for path, _ in weighted}, _list_weights(found))
@@ -86,12 +91,14 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
     refused, reads = [], []
     routers = _find_unnamed_routers(config, operations)
     left_in_float += [f"{o.path or n.name} ({_ROUTER})" for n, o in routers.items() if _find_scheme(o, matches, None)]
+    vmapped = set(itertools.chain.from_iterable(_find_vmapped(graph) for graph, _ in graphs))
     for graph, versions, operation in found:
         scheme = None if operation.node in routers else _find_scheme(operation, matches, config.kv_cache_scheme)
         if scheme is None:
             continue
-        left_in_float += _list_left_in_float(graph, operation, scheme)
-        if scheme.weights and operation.has_weight and not _has_values(graph, operation):
+        is_hidden = operation.node in vmapped and bool(scheme.input_activations or scheme.output_activations)
+        left_in_float += _list_left_in_float(graph, operation, scheme, is_hidden)
+        if is_hidden or (scheme.weights and operation.has_weight and not _has_values(graph, operation)):
             continue  # an input alone would bring an error without any gain
         for request in _list_requests(graph, operation, scheme):
             try:
@@ -109,6 +116,23 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
         names = "\n  ".join(dict.fromkeys(refused))
         raise ValueError(f"the config asks for what cannot be quantized so:\n  {names}")
     return reads
+
+
+def _list_operations(config: QuantizationConfig, graph_module: GraphModule, versions: Versions) -> list[Operation]:
+    operations = find_operations(graph_module, versions)
+    if any(ADDITION in scheme.targets for scheme in config.config_groups.values()):
+        operations += find_shortcuts(graph_module, versions, operations)
+    return operations
+
+
+def _find_vmapped(graph_module: GraphModule) -> Iterator[Node]:
+    """What stands between the nodes by which torch.vmap begins and ends."""
+    depth = 0
+    for node in graph_module.graph.nodes:
+        name = get_op_name(node)
+        depth += (name == "_vmap_increment_nesting") - (name == "_vmap_decrement_nesting")
+        if depth:
+            yield node
 
 
 def _find_unnamed_routers(config: QuantizationConfig, operations: list[Operation]) -> dict[Node, Operation]:
@@ -191,8 +215,8 @@ def _find_scheme(
     if operation.has_weight:
         return matches.modules.get((operation.path, operation.class_name))
     scheme = matches.functions.get((operation.path, operation.class_name))
-    if scheme and operation.is_part_of_attention and operation.class_name not in scheme.targets:
-        return None  # a target that names the module means its attention
+    if scheme and operation.is_meant_by_name and operation.class_name not in scheme.targets:
+        return None
     if scheme is None and kv_cache_scheme and operation.is_attention:
         return QuantizationScheme(targets=[], input_activations=kv_cache_scheme)
     return scheme
@@ -203,8 +227,13 @@ def _has_values(graph_module: GraphModule, operation: Operation) -> bool:
     return operation.weight is not None and measure_shape(graph_module, operation.weight.value).numel() > 0
 
 
-def _list_left_in_float(graph_module: GraphModule, operation: Operation, scheme: QuantizationScheme) -> Iterator[str]:
+def _list_left_in_float(
+    graph_module: GraphModule, operation: Operation, scheme: QuantizationScheme, is_hidden: bool
+) -> Iterator[str]:
     where = operation.path or operation.node.name
+    if is_hidden:
+        yield f"{where} ({_VMAP})"
+        return
     if scheme.weights and operation.has_weight and not operation.weight:
         yield f"{where} (its weight depends on the data, or the graph writes it)"
         return
@@ -230,6 +259,8 @@ class _Request:
 
 def _list_requests(graph_module: GraphModule, operation: Operation, scheme: QuantizationScheme) -> Iterator[_Request]:
     node, weight = operation.node, operation.weight
+    if weight and weight.as_read and scheme.weights and scheme.weights.strategy in _SHARED_BY_ROWS:
+        weight = weight.as_read  # rows that it does not read shall not have a say
     leaf = weight.name.rpartition(".")[2] if weight else "weight"
     prefix = "" if leaf == "weight" else f"{leaf}_"
     if scheme.weights and weight and not weight.is_observed:

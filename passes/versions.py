@@ -25,6 +25,8 @@ _PASS_ON = frozenset(
 _PASSING_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, Probe)
 # Python's names for x += y and x[i] = y.
 _WRITING_OPERATORS = frozenset({"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "imatmul", "ipow"})
+# What changes how a tensor is differentiated, but no value of it; an exported ``torch.tensor(...)`` is detached so.
+_WRITING_NO_VALUES = frozenset({"detach_", "requires_grad_"})
 _KNOWN_PACKAGES = ("torch", "operator", "_operator", "builtins", "math")
 
 
@@ -93,7 +95,7 @@ def _find_effects_by_schema(schema: torch.FunctionSchema, node: Node) -> tuple[l
         sources = _list_nodes(value)
         if argument.alias_info is None:
             passed_on += sources if _passes_on(schema.name.rpartition("::")[2], sources) else []
-        elif argument.alias_info.is_write:
+        elif argument.alias_info.is_write and schema.name.rpartition("::")[2] not in _WRITING_NO_VALUES:
             written += sources
         else:
             passed_on += sources
@@ -119,11 +121,12 @@ def _passes_on(name: str, sources: list[Node]) -> bool:
 
 def may_share_memory(name: str) -> bool:
     """Whether an op called so, in aten or in torch, may give back memory of its argument."""
-    return name in _PASS_ON or name in _list_views()
+    return name in _PASS_ON or name in _WRITING_NO_VALUES or name in _list_views()
 
 
 def _is_in_place(name: str) -> bool:
-    return name in _WRITING_OPERATORS or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+    is_named_so = name.endswith("_") and not name.endswith("__") and name not in _WRITING_NO_VALUES
+    return name in _WRITING_OPERATORS or is_named_so
 
 
 def _get_inplace_argument(node: Node) -> bool:

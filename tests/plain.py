@@ -1,6 +1,8 @@
 """A reference of a few lines: the eager model's layers quantized by hand, with nothing of fxmse."""
 
 import copy
+from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,34 @@ def quantize_weight(weight, num_bits=8):
     return (weight / scale).round().clamp(-limit, limit - 1) * scale
 
 
+def quantize_tensor(weight, num_bits=8):
+    """Symmetric, one scale for all."""
+    return quantize_weight(weight.reshape(1, -1), num_bits).reshape(weight.shape)
+
+
+def quantize_groups(weight, size, num_bits=4):
+    """Symmetric, a scale for ``size`` elements of a row."""
+    return quantize_weight(weight.reshape(-1, size), num_bits).reshape(weight.shape)
+
+
+def quantize_blocks(weight, height, width, num_bits=8):
+    """Symmetric, a scale for each block of a matrix; those at its ends are what is left of it."""
+    rows = weight.split(height, 0)
+    blocks = [[quantize_tensor(block, num_bits) for block in row.split(width, 1)] for row in rows]
+    return torch.cat([torch.cat(row, 1) for row in blocks])
+
+
+def quantize_nvfp4(weight, size=16):
+    """Scales in e4m3 of groups, which the largest magnitude of all brings into its range; values in fp4 (e2m1)."""
+    groups = weight.reshape(-1, size)
+    global_scale = 448 * 6 / groups.abs().max().float()
+    scale = (groups.abs().amax(1, keepdim=True).float() / 6 * global_scale).to(torch.float8_e4m3fn).to(weight.dtype)
+    scale = scale / global_scale.to(weight.dtype)
+    steps = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=weight.dtype)
+    nearest = ((groups / scale).abs()[..., None] - steps).abs().argmin(-1)  # of two that are as near, neither occurs
+    return (steps[nearest] * scale * groups.sign()).reshape(weight.shape)
+
+
 def quantize_input(x, low, high, num_bits=8):
     """Asymmetric, one scale for all, of a range that is made to hold 0."""
     low, high = torch.tensor([min(float(low), 0.0), max(float(high), 0.0)]).float()
@@ -29,6 +59,12 @@ def quantize_input(x, low, high, num_bits=8):
     zero_point = torch.clamp(torch.round(-limit - low / scale), -limit, limit - 1)
     scale = scale.to(x.dtype)
     return ((x / scale + zero_point).round().clamp(-limit, limit - 1) - zero_point) * scale
+
+
+def quantize_by_range(values):
+    """A function that quantizes as by :func:`quantize_input`, by the range of all ``values``."""
+    low, high = min(value.min().item() for value in values), max(value.max().item() for value in values)
+    return lambda value: quantize_input(value, low, high)
 
 
 @torch.no_grad()
@@ -73,19 +109,36 @@ _PRODUCTS = {
 }
 
 
+def quantize_rows(rows, num_bits=8):
+    """Symmetric, a scale for each row."""
+    return quantize_weight(rows.reshape(-1, rows.shape[-1]), num_bits).reshape(rows.shape)
+
+
 class QuantizeOps(TorchFunctionMode):
     """Runs a model's layers and products, however they are written, with what they read quantized by hand.
 
     A weight is what is computed of parameters alone, in rows of output channels as its op reads them. A layer has one
     range of inputs for all its calls: a layer is a module, and where an op is called without one the matrix that it
     reads. Each product of two activations has two ranges. What reads a weight that depends on data stays as it is.
+
+    Args:
+        model: the model.
+        outputs: whether outputs of layers are quantized, too.
+        quantize_rows: how a weight, (..., out, in), is.
+        make_quantizer: of an activation's values, of all batches, the function that quantizes it. A value that several
+            calls of a layer read is one.
     """
 
-    def __init__(self, model: nn.Module, *, outputs: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, outputs=False, quantize_rows=quantize_rows, make_quantizer=quantize_by_range
+    ) -> None:
         super().__init__()
         self._model = model
         self._outputs = outputs
-        self._ranges: dict[object, tuple[float, float]] = {}
+        self._quantize_rows = quantize_rows
+        self._make_quantizer = make_quantizer
+        self._seen: defaultdict[object, dict] = defaultdict(dict)  # by the value and its version
+        self._quantizers: dict[object, Callable[[Tensor], Tensor]] = {}
         self._is_calibrated = False
         self._constants: dict[int, tuple[Tensor, bool]] = {}  # and whether it is a moved parameter
         self._calls: list[str] = []
@@ -101,6 +154,8 @@ class QuantizeOps(TorchFunctionMode):
         model = copy.deepcopy(self._model)
         for batch in batches:
             self._run(model, batch)
+        for key, values in self._seen.items():
+            self._quantizers[key] = self._make_quantizer([value for _, value in values.values()])
         self._is_calibrated = True
 
     def run(self, batch):
@@ -159,7 +214,7 @@ class QuantizeOps(TorchFunctionMode):
         if func in _TRANSPOSED:
             return self._quantize_layer(args, 0, 1, "transposed", args[6] if len(args) > 6 else kwargs.get("groups", 1))
         if func is F.embedding and self._is_calibrated:
-            args[1] = quantize_weight(args[1])
+            args[1] = self._quantize_rows(args[1])
         if func in _PRODUCTS:
             return self._quantize_product(args, *_PRODUCTS[func])
         return None
@@ -182,21 +237,15 @@ class QuantizeOps(TorchFunctionMode):
         layer = self._calls[-1] if self._calls else self._owners.get(matrix, ""), matrix
         args[place] = self._quantize_activation(args[place], layer)
         if self._is_calibrated:
-            rows = quantize_rows(_as_rows(weight, kind, groups))
+            rows = self._quantize_rows(_as_rows(weight, kind, groups))
             args[weight_place] = _from_rows(rows, weight, kind, groups)
         return layer
 
     def _quantize_activation(self, value, key):
         if self._is_calibrated:
-            return quantize_input(value, *self._ranges[key])
-        low, high = self._ranges.get(key, (0.0, 0.0))
-        self._ranges[key] = min(low, value.min().item()), max(high, value.max().item())
+            return self._quantizers[key](value)
+        self._seen[key].setdefault((id(value), value._version), (value, value.clone()))
         return value
-
-
-def quantize_rows(rows, num_bits=8):
-    """Symmetric, a scale for each row."""
-    return quantize_weight(rows.reshape(-1, rows.shape[-1]), num_bits).reshape(rows.shape)
 
 
 def _get_kind(module):

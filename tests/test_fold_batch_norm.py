@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import operator
 import re
 import warnings
 from functools import partial
@@ -13,14 +14,17 @@ from models import FRONT_ENDS, make_config, make_front_ends
 from plain import quantize_input, quantize_weight
 from test_lower_to_qdq import INPUTS, needs_patterns
 from torch import nn
+from torch._higher_order_ops.while_loop import while_loop
 from torch._inductor.utils import run_and_get_code
 from torch.fx.passes.shape_prop import ShapeProp
 
 import fxmse
+from fxmse.capture.attributes import list_graphs
 from fxmse.capture.front_ends import capture
 from fxmse.ops import is_fake_quantize
 from fxmse.passes import FoldBatchNorm, LowerToQDQ
 
+aten = torch.ops.aten
 pytestmark = pytest.mark.filterwarnings("ignore:int8 products will run in float.*torchao")
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONFIG = make_config("Conv2d", inputs=INPUTS)
@@ -132,9 +136,158 @@ def test_decomposed_programs(name):
     graph = capture(torch.export.export(model, (x,)).run_decompositions())
     assert count_norms(graph) == num_norms
     FoldBatchNorm()(graph)
-    # A linear is an addmm there.
-    assert count_norms(graph) == (1 if name == "linear" else 0)
+    assert count_norms(graph) == 0
     torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class Product(nn.Module):
+    """A matrix product in front of a norm of 6 channels."""
+
+    def __init__(self, multiply, num_rows=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.multiply = multiply
+        self.p, self.bias = nn.Parameter(torch.randn(num_rows, 6)), nn.Parameter(torch.randn(6))
+        self.bn = nn.BatchNorm1d(6)
+        fill_norms(self)
+
+    def forward(self, x):
+        return self.bn(self.multiply(x, self.p, self.bias))
+
+
+PRODUCTS = {
+    "mm": (lambda x, p, b: torch.mm(x, p), 6, True),
+    "mm of a transposed one": (lambda x, p, b: torch.mm(x, p.t()), 6, True),
+    "addmm": (lambda x, p, b: torch.addmm(b, x, p.transpose(0, 1)), 6, True),
+    "a bias of one element": (lambda x, p, b: torch.addmm(b[:1], x, p), 6, False),
+    "alpha": (lambda x, p, b: torch.addmm(b, x, p, alpha=2), 6, False),
+    "rows": (lambda x, p, b: torch.mm(x, p[1:7].t()), 8, False),
+    "other rows": (lambda x, p, b: torch.mm(x, p.flip(0).t()), 6, False),
+    "from the left": (lambda x, p, b: torch.mm(p, x), 6, False),
+    "transposed for two": (lambda x, p, b: torch.mm(x + (q := p.t()).sum(), q), 6, False),
+}
+
+
+@pytest.mark.parametrize("front_end", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("name", PRODUCTS)
+@torch.no_grad()
+def test_products_as_layers(name, front_end):
+    multiply, num_rows, is_folded = PRODUCTS[name]
+    model, x = Product(multiply, num_rows), torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+    source = torch.fx.symbolic_trace(model) if front_end == "symbolic_trace" else torch.export.export(model, (x,))
+    if front_end == "symbolic_trace":
+        ShapeProp(source).propagate(x)
+    graph = capture(source)
+    assert FoldBatchNorm()(graph).modified == is_folded
+    assert count_norms(graph) == (0 if is_folded else 1)
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class InRegions(nn.Module):
+    """Layers and norms in branches and a loop; ``shares`` has both branches run one layer."""
+
+    def __init__(self, shares=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv3, self.bn3 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        if shares:
+            self.conv2 = self.conv1
+        fill_norms(self)
+
+    def forward(self, x):
+        y = torch.cond(x.sum() > 0, self.true, lambda v: self.bn2(self.conv2(v)), (x,))
+        body = lambda i, v: (i + 1, self.bn3(self.conv3(v)).tanh())  # noqa: E731
+        return while_loop(lambda i, v: i < 2, body, (torch.tensor(0), y))[1]
+
+    def true(self, x):
+        return torch.cond(x.mean() > 1, lambda v: self.bn1(self.conv1(v)).relu(), lambda v: v + 1, (x,))
+
+
+@pytest.mark.parametrize("front_end", ["module", "export", "decomposed"])
+@pytest.mark.parametrize("shares", [False, True])
+@torch.no_grad()
+def test_norms_in_branches_and_loops(front_end, shares):
+    model, x = InRegions(shares).eval(), torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    before, inputs = copy_state(model), [x + shift for shift in (-2, 0.5, 2)]
+    source, example = model, (x,)
+    if front_end != "module":
+        source, example = torch.export.export(model, (x,)), None
+        source = source.run_decompositions() if front_end == "decomposed" else source
+
+    def count(graph_module):
+        return sum(map(count_norms, list_graphs(graph_module)))
+
+    graph = capture(source, example)
+    assert count(graph) == 3
+    assert FoldBatchNorm()(graph).modified
+    # A layer of two branches stays what it is.
+    assert count(graph) == (2 if shares else 0)
+    code = [region.code for region in list_graphs(graph)]
+    assert not FoldBatchNorm()(graph).modified
+    assert [region.code for region in list_graphs(graph)] == code
+    for value in inputs:
+        torch.testing.assert_close(graph(value), model(value), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.export.export(graph, (x,)).module()(x), model(x), rtol=1e-5, atol=1e-5)
+    check_state(model, before)
+
+
+@torch.no_grad()
+def test_folded_weights_of_regions_are_what_is_quantized():
+    model, x = InRegions(), torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    plain = copy.deepcopy(model)
+    for conv, norm in ((plain.conv1, plain.bn1), (plain.conv2, plain.bn2), (plain.conv3, plain.bn3)):
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+        conv.bias = nn.Parameter(shift * factor + norm.bias)
+        conv.weight.data = quantize_weight(conv.weight * factor[:, None, None, None])
+        norm.reset_parameters()
+        norm.eps = 0.0
+    minmax = {"num_bits": 8, "strategy": "channel", "observer": "memoryless_minmax"}
+    batches = [x - 2, x + 0.5, x + 2]
+    quantized = fxmse.quantize(
+        model, make_config("Conv2d", weights=minmax), batches, progress=False, fold_batch_norm=True
+    )
+    for value in batches:
+        torch.testing.assert_close(quantized(value), plain(value), rtol=1e-4, atol=1e-4)
+
+
+LAYER = ("0.weight", "0.bias")
+NORM = ("1.weight", "1.bias", "1.running_mean", "1.running_var")
+SPELLINGS = {
+    "batch_norm": (aten.batch_norm.default, (False, 0.1, 0.01, False)),
+    "native_batch_norm": (aten.native_batch_norm.default, (False, 0.1, 0.01)),
+    "cudnn_batch_norm": (aten.cudnn_batch_norm.default, (False, 0.1, 0.01)),
+    "_native_batch_norm_legit_no_training": (aten._native_batch_norm_legit_no_training.default, (0.1, 0.01)),
+    "_batch_norm_no_update": (aten._batch_norm_no_update.default, (0.1, 0.01)),
+}
+
+
+@pytest.mark.parametrize("reads_statistics", [False, True])
+@pytest.mark.parametrize("name", SPELLINGS)
+@torch.no_grad()
+def test_spellings_of_a_norm(name, reads_statistics):
+    """Each op in a graph by hand, as backends' decompositions leave them."""
+    model = fill_norms(nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6, eps=0.01)))
+    x = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    target, options = SPELLINGS[name]
+    tracer = torch.fx.Graph()
+    layer = tracer.call_function(aten.conv2d.default, (tracer.placeholder("x"), *map(tracer.get_attr, LAYER)))
+    layer.meta["val"] = model[0](x)
+    norm = tracer.call_function(target, (layer, *map(tracer.get_attr, NORM), *options))
+    outputs = norm
+    if len(target._schema.returns) > 1:
+        outputs = tracer.call_function(operator.getitem, (norm, 0))
+        if reads_statistics:  # what only a norm has
+            outputs = (outputs, tracer.call_function(operator.getitem, (norm, 1)))
+    tracer.output(outputs)
+    graph = torch.fx.GraphModule(model, tracer)
+    stays = reads_statistics and isinstance(outputs, tuple)
+    assert FoldBatchNorm()(graph).modified is not stays
+    assert count_norms(graph) == stays
+    if not stays:
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

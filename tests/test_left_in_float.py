@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from compressed_tensors.utils.match import match_named_modules
 from models import Attention, Convolutions, Products
+from plain import quantize_input, quantize_weight
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -146,3 +147,34 @@ def test_what_is_matched_is_quantized_or_named(name, front_end, targets):
     assert matched or (name, targets) == ("Convolutions", ["Linear"])
     silent = list_silent(model, traced, targets, example)
     assert not (silent if front_end == "module" else silent & list_called(model, example))
+
+
+@pytest.mark.parametrize("front_end", ["export", "calibration"])
+@torch.no_grad()
+def test_what_vmap_runs_is_named_unless_its_weight_alone_is_quantized(front_end):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model.forward = lambda x: model["b"](torch.vmap(lambda row: model["a"](row).tanh())(x))
+    x = torch.randn(4, 3, 8)
+
+    def quantize(config):
+        if front_end == "export":
+            return fxmse.quantize(torch.export.export(model, (x,)), config, [x], progress=False)
+        torch._dynamo.reset()
+        calibration = fxmse.Calibration(config, model)
+        step = torch.compile(model, backend=calibration)
+        step(x)
+        calibration.fold()
+        return step
+
+    weights = {"num_bits": 8, "strategy": "channel", "observer": "memoryless_minmax"}
+    inputs = {"num_bits": 8, "symmetric": False, "observer": "static_minmax"}
+    with pytest.warns(UserWarning, match=r"left in float: a \(torch.vmap runs it"):
+        found = quantize({"targets": ["Linear"], "weights": weights, "input_activations": inputs})(x)
+    y = model["a"](x).tanh()
+    expected = F.linear(quantize_input(y, y.min(), y.max()), quantize_weight(model["b"].weight), model["b"].bias)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found = quantize({"targets": ["Linear"], "weights": weights})(x)
+    y = F.linear(x, quantize_weight(model["a"].weight), model["a"].bias).tanh()
+    expected = F.linear(y, quantize_weight(model["b"].weight), model["b"].bias)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
