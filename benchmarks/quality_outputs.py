@@ -54,7 +54,9 @@ def find_by_fxmse(weight: Tensor, moments: Tensor, args: QuantizationArgs, *, na
         one = torch.ones((), dtype=torch.double)
         is_diagonal = observer.inputs.state_class is ImportanceState
         squares = moments.diagonal().double()
-        observer.inputs.state = ImportanceState(squares, one) if is_diagonal else ProductsState(moments[None], one)
+        observer.inputs.state = (
+            ImportanceState(squares, one) if is_diagonal else ProductsState(moments[None, None], one)
+        )
     return observer(weight).get_qparams()
 
 

@@ -11,8 +11,9 @@ from torch.fx import GraphModule, Node
 from fxmse.capture.attributes import list_graphs, make_container
 from fxmse.config import CONFIG_KEY, MODULES_KEY, Config, Site, resolve_config
 from fxmse.observers.base import Observer
-from fxmse.observers.inputs import InputAwareObserver
+from fxmse.observers.inputs import InputAwareObserver, Products
 from fxmse.ops import is_fake_quantize
+from fxmse.passes.arranging import find_arrangement
 from fxmse.passes.base import GraphPass
 from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.constants import describe
@@ -23,7 +24,7 @@ from fxmse.passes.input_nodes import Meeting, insert_input_nodes
 from fxmse.passes.joins import JOINS, find_joined_values
 from fxmse.passes.naming import Names
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
-from fxmse.passes.operation import Operand, Weight
+from fxmse.passes.operation import Weight
 from fxmse.passes.probe import Probe, find_probes, skip_probes
 from fxmse.passes.reads import Read, find_reads
 from fxmse.passes.weight_view import WeightView
@@ -285,14 +286,15 @@ def _list_meetings(plan: list[_Observation]) -> Iterator[Meeting]:
         observer = observation.observer
         if not isinstance(observer, InputAwareObserver) or observer.inputs is None:
             continue
-        name = observation.target.removesuffix("_observer")
-        # A convolution's channels are not its rows' elements, and an embedding's input is an index: their observers
-        # see nothing, and say so.
-        operands: list[Operand | None] = [
-            o for read in observation.reads for o in read.operation.operands if o.is_channels_last
-        ]
-        for operand in operands or [None]:
-            yield Meeting(observer, name, observation.reads[0].graph_module, operand, observation.mask)
+        name, graph_module = observation.target.removesuffix("_observer"), observation.reads[0].graph_module
+        operands = [(read.operation, operand) for read in observation.reads for operand in read.operation.operands]
+        for operation, operand in operands:
+            arrangement, choice = find_arrangement(operation, operand)
+            if operand.is_channels_last or (isinstance(observer.inputs, Products) and arrangement):
+                yield Meeting(observer, name, graph_module, operand, observation.mask, arrangement, choice)
+        # An embedding's input is an index, and importance knows no convolution's rows: their observers see nothing, and
+        # say so.
+        yield Meeting(observer, name, graph_module, None, observation.mask)
 
 
 def _find_mask(observation: _Observation) -> tuple[Node, ...]:

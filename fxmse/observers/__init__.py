@@ -7,6 +7,7 @@
 - ``averages``: moving averages of ranges.
 - ``min_max``: ``memoryless_minmax``, ``static_minmax``, ``minmax``.
 - ``mse``: ``memoryless_mse``, ``mse``, ``nvfp4_expanded_mse``.
+- ``arrangements``: which rows of a weight meet which tokens.
 - ``inputs``: what is kept of the activations that meet a weight.
 - ``imatrix``: ``imatrix_mse``, ``nvfp4_expanded_imatrix``.
 - ``exact``: ``exact_mse``, which finds the optimum.

@@ -8,6 +8,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from fxmse.observers.arrangements import Arrangement, Experts, Patches
 from fxmse.observers.base import Observer
 from fxmse.observers.states import Stateful
 
@@ -44,7 +45,7 @@ class ProductsState(NamedTuple):
     """What :class:`Products` keep; None before the first value.
 
     Attributes:
-        products: the sum of xᵀ x, float32, shape (blocks, block_size, block_size).
+        products: the sum of xᵀ x, float32, shape (matrices, blocks, block_size, block_size).
         num_tokens: float64, no dimension.
     """
 
@@ -162,6 +163,9 @@ class Products(Inputs):
     Args:
         block_size: of how many channels a block is; the last one is filled up with zeros.
         max_channels: up to so many are one block.
+
+    Attributes:
+        arrangement: which rows of the weight meet which tokens, where not all meet all.
     """
 
     state_class = ProductsState
@@ -172,29 +176,73 @@ class Products(Inputs):
     def __init__(self, block_size: int, max_channels: int) -> None:
         super().__init__()
         self.block_size, self.max_channels = block_size, max_channels
+        self.arrangement: Arrangement | None = None
 
     @property
     def form(self) -> Hashable:
         """What is added up."""
-        return self.suffix, self.block_size, self.max_channels
+        return self.suffix, self.block_size, self.max_channels, self.arrangement
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns ``x`` as it is.
+
+        Args:
+            x: float, shape (..., channels), or what a convolution reads.
+            mask: as of :meth:`Inputs.forward`; where ``arrangement`` is one of experts, what says whose each token is.
+        """
+        if self.arrangement is None:
+            return super().forward(x, mask)
+        values = x.detach()
+        num_tokens = values.new_ones((), dtype=torch.float64)
+        if isinstance(self.arrangement, Patches):
+            products = self._multiply(self.arrangement.arrange(values))
+        elif mask is None:
+            products = self._multiply(values)
+        else:
+            products = self._multiply_by_expert(values, self.arrangement.number(values, mask))
+        self.state = self.merge(ProductsState(products, num_tokens), self.state)
+        return x
+
+    def _multiply_by_expert(self, x: Tensor, number: Tensor) -> Tensor:
+        assert isinstance(self.arrangement, Experts)
+        tokens, parts = x.flatten(0, -2), []
+        for expert in range(self.arrangement.num_matrices):
+            is_own = number == expert
+            # In a graph nothing may depend on how many there are.
+            is_traced = torch.compiler.is_compiling()
+            own = torch.where(is_own[:, None], tokens, 0.0) if is_traced else tokens[is_own]
+            parts.append(self._multiply(own[None]))
+        return torch.cat(parts)
 
     def _add_up(self, tokens: Tensor) -> Tensor:
-        size = self._find_block_size(tokens.shape[1])
-        tokens = torch.nn.functional.pad(tokens.float(), (0, -tokens.shape[1] % size))
-        blocks = tokens.unflatten(1, (-1, size)).transpose(0, 1)
-        return blocks.transpose(1, 2) @ blocks
+        return self._multiply(tokens[None])
+
+    def _multiply(self, tokens: Tensor) -> Tensor:
+        """xᵀ x of tokens, shape (matrices, tokens, channels)."""
+        size = self._find_block_size(tokens.shape[2])
+        tokens = torch.nn.functional.pad(tokens.float(), (0, -tokens.shape[2] % size))
+        blocks = tokens.unflatten(2, (-1, size)).transpose(1, 2)
+        return blocks.transpose(2, 3) @ blocks
 
     def _find_block_size(self, num_channels: int) -> int:
         return num_channels if num_channels <= max(self.max_channels, self.block_size) else self.block_size
 
     def mean(self, damping: float) -> Tensor | None:
-        """E[xᵀ x] by the mean of its diagonal, to which ``damping`` is added, float32; None where nothing was seen."""
+        """E[xᵀ x] by the mean of its diagonal, to which ``damping`` is added, float32; None where nothing was seen.
+
+        An expert that has met no token counts as having met those of all.
+        """
         if self.products is None or not self.num_tokens:
             return None
-        diagonal = self.products.diagonal(dim1=-2, dim2=-1)
+        products = self.products
+        is_idle = (products.diagonal(dim1=-2, dim2=-1) == 0).flatten(1).all(1)
+        products = torch.where(is_idle[:, None, None, None], products.sum(0), products)
+        diagonal = products.diagonal(dim1=-2, dim2=-1)
         # The sum may leave float32 where none of its terms does. Channels that are always 0 count for nothing.
-        average = diagonal.double().sum() / (diagonal != 0).sum().clamp(min=1)
-        mean = (self.products / average.clamp(min=torch.finfo(torch.float32).tiny)).float()
+        average = diagonal.double().sum((1, 2)) / (diagonal != 0).sum((1, 2)).clamp(min=1)
+        average = average.clamp(min=torch.finfo(torch.float32).tiny)
+        mean = (products / average[:, None, None, None]).float()
         mean.diagonal(dim1=-2, dim2=-1).add_(damping)
         return mean
 
@@ -202,7 +250,7 @@ class Products(Inputs):
         """Why a weight of so many channels cannot be searched with what was seen."""
         if self.products is None or not self.num_tokens:
             return _UNSEEN
-        diagonal = self.products.diagonal(dim1=-2, dim2=-1).flatten()
+        diagonal = self.products.diagonal(dim1=-2, dim2=-1).sum(0).flatten()
         size = self._find_block_size(num_channels)
         num_seen = len(diagonal) if len(diagonal) != num_channels + -num_channels % size else num_channels
         return _find_fault(diagonal, num_seen, num_channels)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
@@ -106,15 +107,23 @@ class OutputMSEObserver(InputAwareObserver):
             return find_optimum(
                 value, self.format, self.layout, _SQUARE, global_scale=global_scale, negative_scale=negative_scale
             )
-        return find_output_optimum(
-            value,
-            self.format,
-            self.layout,
-            products,
-            global_scale=global_scale,
-            negative_scale=negative_scale,
-            max_sweeps=int(self.options.max_sweeps),
-        )
+        # What shares a scale is searched together.
+        is_split = len(products) > 1 and self.layout.strategy not in ("tensor", "block")
+        parts = value.flatten(0, -2).tensor_split(len(products)) if is_split else [value]
+        found = [
+            find_output_optimum(
+                part,
+                self.format,
+                self.layout,
+                part_products,
+                global_scale=global_scale,
+                negative_scale=negative_scale,
+                max_sweeps=int(self.options.max_sweeps),
+            )
+            for part, part_products in zip(parts, products if is_split else [products.mean(0)], strict=True)
+        ]
+        shape = self.layout.qparam_shape(value.shape)
+        return Range(*(torch.cat(ends).reshape(shape) for ends in zip(*found, strict=True)))
 
     def measure_global(self, value: Tensor) -> Range:
         """The range that a weight's best global scale follows from."""
@@ -130,5 +139,5 @@ class OutputMSEObserver(InputAwareObserver):
         for observer, weight in zip(observers, weights, strict=True):
             assert isinstance(observer, OutputMSEObserver)
             products = observer.find_products(weight, observer.options.damping)
-            diagonals.append(None if products is None else list_diagonal(products, weight.shape[-1]))
+            diagonals.append(None if products is None else list_diagonal(products.mean(0), weight.shape[-1]))
         return find_global_range(weights, first.format, first.layout, _SQUARE, diagonals)
