@@ -70,6 +70,7 @@ METHODS = {
     "fxmse imatrix_mse + mse": Method("fxmse", "imatrix_mse", "mse"),
     OWN: Method("fxmse", "exact_mse", "exact_mse"),
     OWN_WITH_IMPORTANCE: Method("fxmse", "exact_mse", "exact_mse", {"importance": True}),
+    "fxmse output_mse": Method("fxmse", "output_mse", "exact_mse"),
     "llm-compressor memoryless_mse + mse": Method("llm-compressor", "memoryless_mse", "mse"),
     "llm-compressor nvfp4_expanded_mse": Method("llm-compressor", "nvfp4_expanded_mse", "mse"),
     "llm-compressor imatrix_mse + mse": Method("llm-compressor", "imatrix_mse", "mse"),

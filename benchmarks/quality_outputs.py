@@ -30,7 +30,7 @@ from tables import Row, choose, note, print_pivot
 from torch import Tensor, nn
 
 from fxmse.observers import Observer
-from fxmse.observers.importance import ImportanceState
+from fxmse.observers.inputs import ImportanceState, ProductsState
 
 __all__ = ["OUTPUT_METHODS", "OUTPUT_SCHEMES", "compare_outputs"]
 
@@ -50,8 +50,13 @@ FindQparams = Callable[[Tensor, Tensor, QuantizationArgs], Qparams]
 def find_by_fxmse(weight: Tensor, moments: Tensor, args: QuantizationArgs, *, name: str, **kwargs: Any) -> Qparams:
     """What fxmse's observer of that name finds."""
     observer: Any = Observer.load_from_registry(name, base_name="weight", args=args, **kwargs)
-    if getattr(observer, "needs_importance", False):
-        observer.importance.state = ImportanceState(moments.diagonal().double(), torch.ones((), dtype=torch.double))
+    if getattr(observer, "needs_inputs", False):
+        one = torch.ones((), dtype=torch.double)
+        is_diagonal = observer.inputs.state_class is ImportanceState
+        squares = moments.diagonal().double()
+        observer.inputs.state = (
+            ImportanceState(squares, one) if is_diagonal else ProductsState(moments[None, None], one)
+        )
     return observer(weight).get_qparams()
 
 
@@ -90,15 +95,20 @@ def round_by_gptq(weight: Tensor, moments: Tensor, args: QuantizationArgs, *, fi
 
 EXACT = functools.partial(find_by_fxmse, name="exact_mse")
 WITH_IMPORTANCE = functools.partial(find_by_fxmse, name="exact_mse", importance=True)
+BLOCK = functools.partial(find_by_fxmse, name="output_mse", max_sweeps=0)
+OUTPUT = functools.partial(find_by_fxmse, name="output_mse")
 PEER = functools.partial(find_by_llm_compressor, name="memoryless_mse")
 OUTPUT_METHODS: dict[str, Callable[[Tensor, Tensor, QuantizationArgs], Tensor]] = {
     BASELINE: functools.partial(round_to_nearest, find=EXACT),
     "fxmse exact_mse, importance": functools.partial(round_to_nearest, find=WITH_IMPORTANCE),
+    "fxmse output_mse, no sweeps": functools.partial(round_to_nearest, find=BLOCK),
+    "fxmse output_mse": functools.partial(round_to_nearest, find=OUTPUT),
     "fxmse imatrix_mse": functools.partial(round_to_nearest, find=functools.partial(find_by_fxmse, name="imatrix_mse")),
     "llm-compressor memoryless_mse": functools.partial(round_to_nearest, find=PEER),
     "llm-compressor GPTQ, memoryless_mse": functools.partial(round_by_gptq, find=PEER),
     "GPTQ, exact_mse": functools.partial(round_by_gptq, find=EXACT),
     "GPTQ, exact_mse, importance": functools.partial(round_by_gptq, find=WITH_IMPORTANCE),
+    "GPTQ, output_mse": functools.partial(round_by_gptq, find=OUTPUT),
 }
 
 

@@ -15,6 +15,7 @@ from compressed_tensors.quantization import QuantizationArgs, preset_name_to_sch
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from tabulate import tabulate
 
+from fxmse.config import name_weight_observer
 from fxmse.inputs.data import check_batches, find_batch_size, order_inputs, read_batches, take_inputs
 from fxmse.inputs.models import Source, load_source
 from fxmse.inputs.programs import load_program
@@ -87,6 +88,12 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("model", type=Path, metavar="MODEL", help="a .pt2, or a local Hugging Face folder")
     command.add_argument("--scheme", required=True, help="a preset (see fxmse schemes), or a JSON or YAML config file")
     command.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="modules that a preset leaves alone")
+    command.add_argument(
+        "--observer",
+        metavar="NAME",
+        help="of weights whose scheme names none (default: exact_mse); auto is output_mse with --data, which looks for "
+        "the least error of outputs, and exact_mse without",
+    )
     command.add_argument(
         "--data",
         type=Path,
@@ -178,11 +185,16 @@ def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
 
 def _make_config(options: argparse.Namespace) -> Any:
     """The scheme as ``fxmse.prepare`` takes it."""
-    if not options.ignore:
-        return options.scheme
-    if options.scheme not in PRESET_SCHEMES:
-        raise ValueError("--ignore goes with a preset; a config file has an ignore list of its own")
-    return {"config_groups": {options.scheme: ["Linear"]}, "ignore": options.ignore}
+    config = options.scheme
+    if options.ignore:
+        if options.scheme not in PRESET_SCHEMES:
+            raise ValueError("--ignore goes with a preset; a config file has an ignore list of its own")
+        config = {"config_groups": {options.scheme: ["Linear"]}, "ignore": options.ignore}
+    if options.observer is None:
+        return config
+    if options.observer != "auto":
+        return name_weight_observer(config, options.observer)
+    return name_weight_observer(config, "exact_mse" if options.data is None else "output_mse")
 
 
 def _as_json(site: Any) -> dict[str, Any]:

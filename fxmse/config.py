@@ -36,6 +36,7 @@ __all__ = [
     "is_named",
     "make_site",
     "match_schemes",
+    "name_weight_observer",
     "resolve_config",
 ]
 
@@ -167,6 +168,15 @@ def resolve_config(config: Config) -> QuantizationConfig:
             "output_activations, or a kv_cache_scheme"
         )
     return config
+
+
+def name_weight_observer(config: Config, name: str) -> QuantizationConfig:
+    """``config`` with an observer for weights whose scheme names none; raises as :func:`resolve_config`."""
+    named = resolve_config(config).model_copy(deep=True)
+    for scheme in named.config_groups.values():
+        if scheme.weights:
+            scheme.weights.observer = scheme.weights.observer or name
+    return named
 
 
 def _is_empty(scheme: QuantizationScheme) -> bool:

@@ -25,6 +25,8 @@ What they look for in a graph:
 - ``joins``: ops that join several values.
 - ``reads``: a config and a graph become sites.
 - ``naming``: what these are called.
+- ``arranging``: which rows of a weight meet which tokens.
+- ``input_nodes``: nodes on the values that meet weights.
 
 The passes:
 

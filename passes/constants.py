@@ -162,4 +162,4 @@ def find_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
 def find_free_weights(graph_module: GraphModule) -> dict[Probe, Tensor]:
     """Of :func:`find_weights`, those that are searched as they are, whatever the data."""
     weights = find_weights(graph_module)
-    return {p: rows for p, rows in weights.items() if p.given is None and not p.waits_for_importance}
+    return {p: rows for p, rows in weights.items() if p.given is None and not p.waits_for_inputs}

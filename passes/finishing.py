@@ -27,7 +27,7 @@ def finish_weights(graph_module: GraphModule, run: Searches = lambda weights, se
         run: has weights searched: it is called with them, and with what searches the weights that it is called with.
 
     Raises:
-        ValueError: an observer that needs importance and is strict about it.
+        ValueError: an observer that needs inputs and is strict about it.
     """
     weights = {probe: rows for probe, rows in find_weights(graph_module).items() if probe.given is None}
     run({probe: rows for probe, rows in weights.items() if not probe.knows(rows)}, _search)
@@ -47,7 +47,7 @@ def finish_weights(graph_module: GraphModule, run: Searches = lambda weights, se
 
 def _search(weights: Mapping[Probe, Tensor]) -> None:
     for probe, rows in weights.items():
-        if probe.waits_for_importance:
+        if probe.waits_for_inputs:
             assert probe.observer
             probe.state = State()
             probe.observer.observe(rows)

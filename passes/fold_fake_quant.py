@@ -12,7 +12,7 @@ from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE
 from fxmse.passes.base import GraphPass
 from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.finishing import finish_weights
-from fxmse.passes.probe import Probe, find_importances, find_probes
+from fxmse.passes.probe import Probe, find_inputs, find_probes
 
 __all__ = ["SITES_KEY", "FoldFakeQuant"]
 
@@ -26,8 +26,8 @@ class FoldFakeQuant(GraphPass):
 
     Rules:
 
-    1. Weights are observed first: those that never were, those whose observer waited for the importance of their
-       channels, and those that share a global scale with others.
+    1. Weights are observed first: those that never were, those whose observer waited for their
+       inputs, and those that share a global scale with others.
     2. Scale, zero point (where the format is asymmetric) and global scale (where there is one) become buffers of
        the module that the value belongs to, under compressed-tensors' names: ``fc.weight_scale``,
        ``fc.input_zero_point``, ``fc.weight_global_scale``. A value that several modules read has one set of them,
@@ -55,9 +55,9 @@ class FoldFakeQuant(GraphPass):
             probe: {name: None if tensor is None else tensor.clone() for name, tensor in _get_qparams(probe).items()}
             for _, probe in probes
         }
-        importances = list(find_importances(graph_module))
-        observers = dict.fromkeys((find_owner(node), str(node.target)) for node, _ in (*probes, *importances))
-        for node, _ in importances:
+        all_inputs = list(find_inputs(graph_module))
+        observers = dict.fromkeys((find_owner(node), str(node.target)) for node, _ in (*probes, *all_inputs))
+        for node, _ in all_inputs:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             node.graph.erase_node(node)
         for node, probe in probes:

@@ -11,14 +11,16 @@ from torch.fx import GraphModule, Node
 from fxmse.capture.attributes import list_graphs, make_container
 from fxmse.config import CONFIG_KEY, MODULES_KEY, Config, Site, resolve_config
 from fxmse.observers.base import Observer
-from fxmse.observers.importance import ImportanceObserver
+from fxmse.observers.inputs import InputAwareObserver, Products
 from fxmse.ops import is_fake_quantize
+from fxmse.passes.arranging import find_arrangement
 from fxmse.passes.base import GraphPass
 from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.constants import describe
 from fxmse.passes.decompose_attention import DecomposeAttention
 from fxmse.passes.functionalize_modules import FunctionalizeModules
 from fxmse.passes.inline_regions import InlineRegions
+from fxmse.passes.input_nodes import Meeting, insert_input_nodes
 from fxmse.passes.joins import JOINS, find_joined_values
 from fxmse.passes.naming import Names
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
@@ -55,8 +57,8 @@ class InsertObservers(GraphPass):
     7. The weights of linears that read the same value share their global scale, where they have one: a runtime fuses
        them (q/k/v, gate/up).
     8. A dynamic value's probe observes nothing; it holds the place of the fake-quantize node to be.
-    9. A weight whose observer asks for it (``imatrix_mse``) gets a node that measures the importance of the channels
-       of the value that its op reads.
+    9. A weight whose observer asks for it (``imatrix_mse``, ``output_mse``) gets a node on the values that its op
+       reads, which shows them to what is kept of them; weights that read the same values share it.
 
     The observed graph computes what it computed before, bit for bit.
 
@@ -99,8 +101,7 @@ class InsertObservers(GraphPass):
             for observation in plan:
                 observation.reads.sort(key=lambda read: order[read.reader])
                 _insert(observation, probes)
-            for observation in plan:
-                _insert_importances(observation)
+            insert_input_nodes(_list_meetings(plan), order)
         finally:
             CloseRegions()(graph_module)
         graph_module.meta[CONFIG_KEY] = config
@@ -279,29 +280,26 @@ def _register_probe(observation: _Observation, probes: dict[str, Probe]) -> None
         container.add_module(name, probe)
 
 
-def _insert_importances(observation: _Observation) -> None:
+def _list_meetings(plan: list[_Observation]) -> Iterator[Meeting]:
     """Rule 9."""
-    observer, graph_module = observation.observer, observation.reads[0].graph_module
-    if not isinstance(observer, ImportanceObserver) or (importance := observer.give_importance()) is None:
-        return
-    target = f"{observation.target.removesuffix('_observer')}_importance"
-    parent, _, name = target.rpartition(".")
-    make_container(graph_module, parent).add_module(name, importance)
-    # A convolution's channels are not its rows' elements, and an embedding's input is an index: their observers have
-    # no importance, and say so.
-    operands = [o for read in observation.reads for o in read.operation.operands if o.is_channels_last]
-    for operand in operands:
-        value = operand.argument.get(operand.reader)
-        arguments = (value, *observation.mask)
-        with graph_module.graph.inserting_before(operand.reader):
-            node = graph_module.graph.call_module(target, arguments)
-        node.meta = dict(value.meta)
-        operand.argument.set(operand.reader, node)
+    for observation in plan:
+        observer = observation.observer
+        if not isinstance(observer, InputAwareObserver) or observer.inputs is None:
+            continue
+        name, graph_module = observation.target.removesuffix("_observer"), observation.reads[0].graph_module
+        operands = [(read.operation, operand) for read in observation.reads for operand in read.operation.operands]
+        for operation, operand in operands:
+            arrangement, choice = find_arrangement(operation, operand)
+            if operand.is_channels_last or (isinstance(observer.inputs, Products) and arrangement):
+                yield Meeting(observer, name, graph_module, operand, observation.mask, arrangement, choice)
+        # An embedding's input is an index, and importance knows no convolution's rows: their observers see nothing, and
+        # say so.
+        yield Meeting(observer, name, graph_module, None, observation.mask)
 
 
 def _find_mask(observation: _Observation) -> tuple[Node, ...]:
     observer, read = observation.observer, observation.reads[0]
-    name = observer.options.mask if isinstance(observer, ImportanceObserver) else None
+    name = observer.options.mask if isinstance(observer, InputAwareObserver) else None
     if name is None:
         return ()
     inputs = {str(node.target): node for node in read.graph_module.graph.find_nodes(op="placeholder")}

@@ -242,12 +242,15 @@ class _Matrix:
             if from_end == self.rows and not isinstance(entry, slice):
                 return None
         is_picked = self.is_picked or any(entry != slice(None) for entry in entries)
-        if all(isinstance(entry, int | slice) for entry in entries):
-            num_dims -= sum(isinstance(entry, int) for entry in entries)
+        num_dims -= sum(isinstance(entry, int) for entry in entries)
+        indices = [entry for entry in entries if not isinstance(entry, int | slice)]
+        if not indices:
             return replace(self, num_dims=num_dims, is_picked=is_picked)
         # An index's own dimensions take the place of those that it picks from, which are before the matrix.
+        num_own = _count_dims(indices[0]) if len(indices) == 1 else None
+        num_dims = None if num_own is None else num_dims - 1 + num_own
         is_last = max(self.rows, self.columns) == -1
-        return replace(self, num_dims=None, is_picked=is_picked) if is_last else None
+        return replace(self, num_dims=num_dims, is_picked=is_picked) if is_last else None
 
     def _reshape(self, node: Node) -> "_Matrix | None":
         """New leading dimensions before a matrix that stays as it is."""
@@ -260,6 +263,12 @@ class _Matrix:
             old if size == -1 and node.target in _EXPANDS else size for size, old in zip(sizes[-2:], own, strict=True)
         ]
         return replace(self, num_dims=len(sizes)) if tuple(new) == tuple(own) else None
+
+
+def _count_dims(value: object) -> int | None:
+    """Of a value; None where the graph does not know."""
+    example = value.meta.get("val") if isinstance(value, Node) else None
+    return example.dim() if isinstance(example, Tensor) else None
 
 
 def _subtract(dim: object, number: int) -> int | None:

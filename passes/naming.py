@@ -8,12 +8,13 @@ from torch.fx import GraphModule
 
 from fxmse.config import Site
 from fxmse.observers.base import QPARAMS
+from fxmse.observers.inputs import Importance, Products
 from fxmse.passes.probe import find_probes
 from fxmse.passes.reads import Read
 
 __all__ = ["Names"]
 
-_SUFFIXES = (*QPARAMS, "observer", "importance")
+_SUFFIXES = (*QPARAMS, "observer", Importance.suffix, Products.suffix)
 
 
 class Names:

@@ -10,13 +10,13 @@ from torch.fx import GraphModule, Node
 from fxmse.capture.attributes import list_graphs
 from fxmse.config import Site, check_dynamic_shape
 from fxmse.observers.base import Observer
-from fxmse.observers.importance import Importance, ImportanceObserver
+from fxmse.observers.inputs import InputAwareObserver, Inputs
 from fxmse.observers.states import State
 from fxmse.passes.weight_view import WeightView
 
 __all__ = [
     "Probe",
-    "find_importances",
+    "find_inputs",
     "find_probe",
     "find_probes",
     "skip_probes",
@@ -58,7 +58,7 @@ class Probe(nn.Module):
         self.global_group = global_group
         self.given: dict[str, Tensor | None] | None = None  # qparams that take the place of the observer's
         self._version_seen: tuple[int, int] | None = None  # None: what is known of the weight comes from elsewhere
-        self._importance_seen: Tensor | None = None
+        self._inputs_seen: Tensor | None = None
         if observer:
             observer.name = self.name
 
@@ -93,13 +93,13 @@ class Probe(nn.Module):
             self.state, self._version_seen = state, _UNKNOWN
 
     @property
-    def waits_for_importance(self) -> bool:
+    def waits_for_inputs(self) -> bool:
         """Whether the weight can be searched only after the activations were seen."""
-        return self.observer is not None and self.observer.needs_importance
+        return self.observer is not None and self.observer.needs_inputs
 
     def forward(self, value: Tensor) -> Tensor:
         """Returns ``value`` as it is."""
-        if self.given is not None or self.waits_for_importance or (self.is_weight and self._is_known(value)):
+        if self.given is not None or self.waits_for_inputs or (self.is_weight and self._is_known(value)):
             return value
         try:
             if self.observer:
@@ -118,13 +118,13 @@ class Probe(nn.Module):
         return is_known
 
     def knows(self, weight: Tensor) -> bool:
-        """Whether the weight was observed as it is now, with the importance that its channels have now."""
-        is_seen = self._version_seen in (None, self._find_version(weight)) and self._importance_seen is self._squares
+        """Whether the weight was observed as it is now, with the inputs that are known now."""
+        is_seen = self._version_seen in (None, self._find_version(weight)) and self._inputs_seen is self._sums
         return is_seen and self.has_statistics
 
     def remember(self, weight: Tensor) -> None:
-        """Takes what was observed for that of the weight and the importance as they are now."""
-        self._version_seen, self._importance_seen = self._find_version(weight), self._squares
+        """Takes what was observed for that of the weight and its inputs as they are now."""
+        self._version_seen, self._inputs_seen = self._find_version(weight), self._sums
 
     def _find_version(self, weight: Tensor) -> tuple[int, int]:
         if self.is_computed:
@@ -133,13 +133,13 @@ class Probe(nn.Module):
         return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
     @property
-    def importance(self) -> Importance | None:
-        """How much the errors of a weight's channels count, where its observer asks for that."""
-        return self.observer.importance if isinstance(self.observer, ImportanceObserver) else None
+    def inputs(self) -> Inputs | None:
+        """What is kept of the values that meet a weight, where its observer asks for that."""
+        return self.observer.inputs if isinstance(self.observer, InputAwareObserver) else None
 
     @property
-    def _squares(self) -> Tensor | None:
-        return None if self.importance is None else self.importance.squares
+    def _sums(self) -> Tensor | None:
+        return None if self.inputs is None else self.inputs.sums
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._version_seen = None
@@ -178,17 +178,17 @@ def find_probes(graph_module: GraphModule) -> Iterator[tuple[Node, Probe]]:
                 yield node, probe
 
 
-def find_importances(graph_module: GraphModule) -> Iterator[tuple[Node, Importance]]:
-    """The nodes that measure how much each channel of an activation matters, in the same order."""
+def find_inputs(graph_module: GraphModule) -> Iterator[tuple[Node, Inputs]]:
+    """The nodes that look at the values that meet weights, in the same order."""
     for graph in list_graphs(graph_module):
         for node in graph.graph.nodes:
             module = _find_called(graph, node)
-            if isinstance(module, Importance):
+            if isinstance(module, Inputs):
                 yield node, module
 
 
 def skip_probes(graph_module: GraphModule, value: object) -> object:
-    """What ``value`` was before probes and importances passed it on."""
-    while isinstance(value, Node) and isinstance(_find_called(graph_module, value), Probe | Importance):
+    """What ``value`` was before probes and inputs passed it on."""
+    while isinstance(value, Node) and isinstance(_find_called(graph_module, value), Probe | Inputs):
         value = value.args[0]
     return value

@@ -17,8 +17,8 @@ from torch import nn
 
 import fxmse
 from fxmse.observers import Observer
-from fxmse.observers.importance import Importance
-from fxmse.passes.probe import find_importances
+from fxmse.observers.inputs import Importance
+from fxmse.passes.probe import find_inputs
 from fxmse.search.compiling import compilation
 
 NAMES = ("imatrix_mse", "nvfp4_expanded_imatrix")
@@ -33,7 +33,7 @@ def make_activations(channels=96, seed=1):
 def observe(weight, args, activations=None, name="imatrix_mse", **kwargs):
     observer = Observer.load_from_registry(name, base_name="weight", args=args, **kwargs)
     if activations is not None:
-        observer.importance(activations)
+        observer.inputs(activations)
     return observer(weight).get_qparams()
 
 
@@ -180,8 +180,8 @@ def test_padding_is_left_out_whatever_it_holds():
 
 def test_importance_that_is_negative_is_not_used():
     observer = Observer.load_from_registry("imatrix_mse", base_name="weight", args=make_args(4, strategy="channel"))
-    observer.importance(make_activations())
-    observer.importance.squares[3] = -1.0
+    observer.inputs(make_activations())
+    observer.inputs.squares[3] = -1.0
     with pytest.warns(UserWarning, match="IMatrixMSEObserver has importance that is negative"):
         observer(make_weight("normal"))
 
@@ -218,7 +218,7 @@ def test_without_importance_it_warns_and_searches_alike_or_raises(fault):
         observer = Observer.load_from_registry("imatrix_mse", base_name=base_name, args=args, **kwargs)
         observer.name = "layers.0.fc.weight"
         if activations is not None:
-            observer.importance(activations)
+            observer.inputs(activations)
         return observer
 
     with pytest.warns(UserWarning, match=f"layers.0.fc.weight: IMatrixMSEObserver has {fault}") as caught:
@@ -276,7 +276,7 @@ def test_a_graph_measures_what_feeds_the_weight(mask, front_end):
     model, batches = Masked().eval(), make_masked_batches()
     traced = torch.fx.symbolic_trace(model) if front_end == "symbolic_trace" else model
     observed = fxmse.prepare(traced, make_imatrix_config(mask=mask, strict=True), batches[0])
-    assert len(list(find_importances(observed))) == 3
+    assert len(list(find_inputs(observed))) == 2  # other reads what second reads
     assert torch.equal(observed(**batches[0]), model(**batches[0]))
     observed = fxmse.prepare(traced, make_imatrix_config(mask=mask, strict=True), batches[0])
     quantized = fxmse.convert(fxmse.calibrate(observed, batches, progress=False))
@@ -302,8 +302,7 @@ second_weight_observer = self.second.weight_observer(self.second.weight)
 second_weight_importance = self.second.weight_importance(linear, attention_mask)
 linear_1 = linear(second_weight_importance, second_weight_observer, self.second.bias)
 other_weight_observer = self.other.weight_observer(self.other.weight)
-other_weight_importance = self.other.weight_importance(linear, attention_mask)
-linear_2 = linear(other_weight_importance, other_weight_observer, self.other.bias)
+linear_2 = linear(second_weight_importance, other_weight_observer, self.other.bias)
 getitem = getitem(attention_mask, [Ellipsis, None])
 mul = mul(linear_2, getitem)
 add = add(linear_1, mul)
@@ -332,7 +331,7 @@ def test_an_observed_graph_compiles_as_a_whole():
         compiled = torch.compile(observed, fullgraph=True)
         for batch in batches:
             torch.testing.assert_close(compiled(**batch), expected(**batch))
-    for (_, ours), (_, eager) in zip(find_importances(observed), find_importances(expected), strict=True):
+    for (_, ours), (_, eager) in zip(find_inputs(observed), find_inputs(expected), strict=True):
         torch.testing.assert_close(ours.mean(), eager.mean())
 
 
@@ -351,11 +350,11 @@ def test_a_batch_of_nan_leaves_the_importance_as_it_was():
     batches = make_masked_batches()
     observed = fxmse.prepare(torch.fx.symbolic_trace(Masked().eval()), make_imatrix_config())
     fxmse.calibrate(observed, batches[:1], progress=False)
-    before = [importance.mean().clone() for _, importance in find_importances(observed)]
+    before = [importance.mean().clone() for _, importance in find_inputs(observed)]
     bad = {**batches[1], "x": torch.full((2, 7, 96), torch.nan)}
     with pytest.raises(ValueError, match=r"NaN or Inf in batch 1: first.weight_importance has 1344 NaN"):
         fxmse.calibrate(observed, [bad], progress=False)
-    after = [importance.mean() for _, importance in find_importances(observed)]
+    after = [importance.mean() for _, importance in find_inputs(observed)]
     assert all(map(torch.equal, before, after))
 
 

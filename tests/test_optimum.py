@@ -176,7 +176,7 @@ def test_large_weights_are_judged_by_some_groups(data, importance):
         assert weight.numel() // 16 > _ROUNDS[-1][0]
         observer = Observer.load_from_registry("exact_mse", base_name="weight", args=NVFP4, importance=importance)
         if importance:
-            observer.importance(activations)
+            observer.inputs(activations)
         sampled = get_weighted_error(observer, weight, weights)
         everything = {"_ROUNDS": ((1 << 20, 1),), "_MIN_PLACES": 64}
         with mock.patch.multiple("fxmse.search.global_scale", **everything):
@@ -206,7 +206,7 @@ def test_importance_weighs_the_errors(name):
     args, (rows, columns) = SCHEMES[name]
     weight, activations = make_weight("heavy", rows=rows, columns=columns), torch.randn(64, columns) ** 3
     observer = Observer.load_from_registry("exact_mse", base_name="weight", args=args, importance=True)
-    observer.importance(activations)
+    observer.inputs(activations)
     importance = activations.double().square().mean(0).expand_as(weight)
     weights, negative_scale = as_groups(importance, args), name in SEARCHED_BELOW_ZERO
     least = find_least_errors(as_groups(weight, args), args, 1.0, 1500, weights, negative_scale).sum()

@@ -42,7 +42,7 @@ def calibrate_in_steps(name, path, killed_in=None):
         observed.load_state_dict(saved["state"])
         done = saved["done"]
     for _, probe in find_probes(observed):
-        if probe.is_weight and not probe.waits_for_importance:
+        if probe.is_weight and not probe.waits_for_inputs:
             observe = probe.observer.observe
             probe.observer.observe = lambda value, p=probe, o=observe: (searched.append(p.name), o(value))
     for number, batch in enumerate(Products.make_batches()[done:], done + 1):
@@ -75,8 +75,8 @@ def test_a_killed_calibration_can_be_gone_on_with(name, tmp_path):
 def observe(observer, values):
     """Shows an observer values, whatever it waits for."""
     for value in values:
-        if observer.needs_importance:
-            observer.importance(value)
+        if observer.needs_inputs:
+            observer.inputs(value)
         observer(value)
     return observer
 

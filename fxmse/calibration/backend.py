@@ -15,9 +15,9 @@ from fxmse.capture.front_ends import copy_graph_module
 from fxmse.capture.lifted import Lifted, bind_parameters, find_lifted
 from fxmse.config import AllLeftInFloatError, Config, NothingMatchedError, resolve_config
 from fxmse.observers.base import QPARAMS
-from fxmse.observers.importance import Importance
+from fxmse.observers.inputs import Inputs
 from fxmse.passes import FoldFakeQuant, InlineRegions, InsertObservers
-from fxmse.passes.probe import Probe, find_importances, find_probes
+from fxmse.passes.probe import Probe, find_inputs, find_probes
 
 __all__ = ["Calibration"]
 
@@ -161,16 +161,16 @@ class Calibration:
 
     def _share_probes(self, observed: GraphModule) -> None:
         """Has a value that an earlier graph holds, too, be observed by that one's observer and weighed as there."""
-        shared: dict[Importance, Importance] = {}
+        shared: dict[Inputs, Inputs] = {}
         for node, probe in find_probes(observed):
             known = self._probes.setdefault(f"{probe.name} {probe.sites[0].args}", probe)
             if known is not probe:
                 find_owner(node).set_submodule(str(node.target), known)
-                if probe.importance is not None and known.importance is not None:
-                    shared[probe.importance] = known.importance
-        for node, importance in find_importances(observed):
-            if importance in shared:
-                find_owner(node).set_submodule(str(node.target), shared[importance])
+                if probe.inputs is not None and known.inputs is not None:
+                    shared[probe.inputs] = known.inputs
+        for node, inputs in find_inputs(observed):
+            if inputs in shared:
+                find_owner(node).set_submodule(str(node.target), shared[inputs])
 
 
 class _Plain:
@@ -193,8 +193,8 @@ class _Graph:
 
     def __init__(self, observed: GraphModule, bound: Mapping[int, tuple[str, Tensor]]) -> None:
         self._observed, self._bound = observed, bound
-        self._watchers: dict[str, Probe | Importance] = {probe.name: probe for _, probe in find_probes(observed)}
-        self._watchers |= {str(node.target): importance for node, importance in find_importances(observed)}
+        self._watchers: dict[str, Probe | Inputs] = {probe.name: probe for _, probe in find_probes(observed)}
+        self._watchers |= {str(node.target): inputs for node, inputs in find_inputs(observed)}
         self._num_batches = 0
         self._compiled: Callable[..., Any] | None = None
         self.quantized = observed

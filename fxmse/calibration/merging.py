@@ -21,10 +21,10 @@ from torch.fx import GraphModule
 
 from fxmse.calibration.ranks import Ranks, Tensors
 from fxmse.observers.base import Observer
-from fxmse.observers.importance import Importance, ImportanceState
+from fxmse.observers.inputs import Inputs, InputState
 from fxmse.observers.states import State
 from fxmse.passes.constants import find_weights
-from fxmse.passes.probe import Probe, find_importances, find_probes, sum_bits
+from fxmse.passes.probe import Probe, find_inputs, find_probes, sum_bits
 
 __all__ = ["agree_on_weights", "check_alike", "describe", "merge_states", "share_out", "share_searches"]
 
@@ -64,8 +64,8 @@ def describe(observed: GraphModule) -> dict[str, str]:
             facts[f"{probe.name}: checksum"] = sum_bits(weights[probe])
         else:
             facts[f"{probe.name}: state"] = _digest(probe.state._asdict())
-    for node, importance in find_importances(observed):
-        facts[f"{node.target}: state"] = _digest(importance.state._asdict())
+    for node, inputs in find_inputs(observed):
+        facts[f"{node.target}: state"] = _digest(inputs.state._asdict())
     return {name: str(fact) for name, fact in facts.items()}
 
 
@@ -160,23 +160,23 @@ def merge_states(ranks: Ranks, observed: GraphModule, run: Callable[[], int]) ->
     return num_batches
 
 
-def _find_watchers(observed: GraphModule) -> list[Observer | Importance]:
+def _find_watchers(observed: GraphModule) -> list[Observer | Inputs]:
     probes = [probe for _, probe in find_probes(observed) if not probe.is_weight and probe.given is None]
-    importances = [importance for _, importance in find_importances(observed)]
-    return list(dict.fromkeys([*(probe.observer for probe in probes if probe.observer), *importances]))
+    observers = [probe.observer for probe in probes if probe.observer]
+    return list(dict.fromkeys([*observers, *(inputs for _, inputs in find_inputs(observed))]))
 
 
-def _merge(watcher: Observer | Importance, first: Tensors, second: Tensors) -> Tensors:
+def _merge(watcher: Observer | Inputs, first: Tensors, second: Tensors) -> Tensors:
     return _to_tensors(watcher.merge(_to_state(watcher, first, _CPU), _to_state(watcher, second, _CPU)))
 
 
-def _find_device(state: State | ImportanceState, default: torch.device) -> torch.device:
+def _find_device(state: State | InputState, default: torch.device) -> torch.device:
     return next((tensor.device for tensor in state if tensor is not None), default)
 
 
-def _to_tensors(state: State | ImportanceState) -> Tensors:
+def _to_tensors(state: State | InputState) -> Tensors:
     return {name: tensor.cpu() for name, tensor in state._asdict().items() if tensor is not None}
 
 
-def _to_state(watcher: Observer | Importance, tensors: Tensors, device: torch.device) -> Any:
+def _to_state(watcher: Observer | Inputs, tensors: Tensors, device: torch.device) -> Any:
     return watcher.state_class(**{name: tensor.to(device) for name, tensor in tensors.items()})

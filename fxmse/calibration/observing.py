@@ -13,10 +13,10 @@ from fxmse.calibration.buffers import own_buffers
 from fxmse.capture.attributes import list_graphs
 from fxmse.capture.front_ends import split_inputs
 from fxmse.observers.base import describe_non_finite
-from fxmse.observers.importance import Importance
+from fxmse.observers.inputs import Inputs
 from fxmse.ops import is_fake_quantize
 from fxmse.passes.open_regions import find_open
-from fxmse.passes.probe import Probe, find_importances, find_probes
+from fxmse.passes.probe import Probe, find_inputs, find_probes
 
 __all__ = ["check_batches", "get_probes", "observe_batches", "observe_or_roll_back", "observe_weights"]
 
@@ -50,8 +50,8 @@ def observe_weights(weights: Mapping[Probe, Tensor]) -> None:
 
 def observe_batches(observed: GraphModule, batches: Iterable[Any], compile: bool) -> int:
     """Runs batches through an observed graph, whose weights are known; returns how many."""
-    watchers: dict[str, Probe | Importance] = {p.name: p for p in get_probes(observed) if not p.is_weight}
-    watchers |= {str(node.target): importance for node, importance in find_importances(observed)}
+    watchers: dict[str, Probe | Inputs] = {p.name: p for p in get_probes(observed) if not p.is_weight}
+    watchers |= {str(node.target): inputs for node, inputs in find_inputs(observed)}
     # Which branch is run, and how often a loop, is known in Python alone: around those the graph is compiled in parts.
     is_whole = not find_open(observed)
     compiled = torch.compile(observed, fullgraph=is_whole, dynamic=True) if compile else observed
@@ -69,7 +69,7 @@ def observe_batches(observed: GraphModule, batches: Iterable[Any], compile: bool
 
 
 def observe_or_roll_back(
-    watchers: Mapping[str, Probe | Importance],
+    watchers: Mapping[str, Probe | Inputs],
     what: str,
     run: Callable[[], object],
     uncompiled: Callable[[], object] | None = None,
@@ -84,13 +84,13 @@ def observe_or_roll_back(
         raise
 
 
-def _restore(watchers: Mapping[str, Probe | Importance], states: Mapping[str, Any]) -> None:
+def _restore(watchers: Mapping[str, Probe | Inputs], states: Mapping[str, Any]) -> None:
     for name, watcher in watchers.items():
         watcher.go_back(states[name])
 
 
 def _check_finite(
-    watchers: Mapping[str, Probe | Importance],
+    watchers: Mapping[str, Probe | Inputs],
     before: Mapping[str, Any],
     what: str,
     run: Callable[[], object],

@@ -7,9 +7,11 @@
 - ``averages``: moving averages of ranges.
 - ``min_max``: ``memoryless_minmax``, ``static_minmax``, ``minmax``.
 - ``mse``: ``memoryless_mse``, ``mse``, ``nvfp4_expanded_mse``.
-- ``importance``: how much the errors of a weight's channels count.
+- ``arrangements``: which rows of a weight meet which tokens.
+- ``inputs``: what is kept of the activations that meet a weight.
 - ``imatrix``: ``imatrix_mse``, ``nvfp4_expanded_imatrix``.
 - ``exact``: ``exact_mse``, which finds the optimum.
+- ``output``: ``output_mse``, which finds the least error of outputs.
 
 Importing this package has all of them registered.
 """
@@ -33,6 +35,7 @@ from fxmse.observers.mse import (
     MSEOptions,
     NVFP4ExpandedMSEObserver,
 )
+from fxmse.observers.output import OutputMSEObserver, OutputMSEOptions
 
 __all__ = [
     "ExactMSEObserver",
@@ -52,5 +55,7 @@ __all__ = [
     "NVFP4ExpandedIMatrixObserver",
     "NVFP4ExpandedMSEObserver",
     "Observer",
+    "OutputMSEObserver",
+    "OutputMSEOptions",
     "StaticMinMaxObserver",
 ]

@@ -92,7 +92,7 @@ class Observer(Stateful[State], RegistryMixin):
         return cls.options_class(**kwargs)
 
     @property
-    def needs_importance(self) -> bool:
+    def needs_inputs(self) -> bool:
         """Whether a weight is searched only after the activations that meet it were seen."""
         return False
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxmse.observers.base import Observer
 from fxmse.observers.counting import convert_counts, count, list_values
-from fxmse.observers.importance import ImportanceObserver, check_importance_options
+from fxmse.observers.inputs import InputAwareObserver, check_input_options
 from fxmse.observers.searches import describe_search
 from fxmse.observers.states import State
 from fxmse.search.counted_optimum import find_optimum_of_counts
@@ -56,12 +56,12 @@ class ExactMSEOptions:
         for name, value in (("negative_scale", self.negative_scale), ("importance", self.importance)):
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: expected True or False")
-        check_importance_options(self.strict, self.mask)
+        check_input_options(self.strict, self.mask)
         object.__setattr__(self, "power", AbsolutePower.of(self.norm))
 
 
 @Observer.register("exact_mse")
-class ExactMSEObserver(ImportanceObserver):
+class ExactMSEObserver(InputAwareObserver):
     """Finds the ranges of least error of all that the format can store (:class:`ExactMSEOptions`).
 
     Of a weight, that is the scale and zero point of each group, and for tensor_group the global scale; weights that
@@ -87,7 +87,7 @@ class ExactMSEObserver(ImportanceObserver):
         self._spec = describe_search(self, "exact_mse", ExactMSEOptions)
 
     @property
-    def needs_importance(self) -> bool:
+    def needs_inputs(self) -> bool:
         """Whether errors are to be weighed."""
         return self.options.importance
 
@@ -108,7 +108,7 @@ class ExactMSEObserver(ImportanceObserver):
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The best range of each of a weight's groups."""
-        if torch.compiler.is_compiling() and not self.needs_importance:
+        if torch.compiler.is_compiling() and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure(value, global_scale, self._spec))
         return find_optimum(
             value,
@@ -125,7 +125,7 @@ class ExactMSEObserver(ImportanceObserver):
         """The range that a weight's best global scale follows from; of a local value all of it."""
         if self.is_local:
             return measure_range(value, self.layout.as_one_group())
-        if torch.compiler.is_compiling() and not self.needs_importance:
+        if torch.compiler.is_compiling() and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure_global(value, self._spec))
         return find_global_range([value], self.format, self.layout, self.options.power, [self.find_importance(value)])
 

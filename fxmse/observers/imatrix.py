@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fxmse.observers.base import Observer
-from fxmse.observers.importance import ImportanceObserver, check_importance_options
+from fxmse.observers.inputs import InputAwareObserver, check_input_options
 from fxmse.observers.mse import MSEObserver, MSEOptions
 from fxmse.search.options import check_argument
 
@@ -32,7 +32,7 @@ class ImportanceMSEOptions(MSEOptions):
     def __post_init__(self) -> None:
         """Raises ValueError naming the argument that is out of range."""
         super().__post_init__()
-        check_importance_options(self.strict, self.mask)
+        check_input_options(self.strict, self.mask)
 
     def _check_limits(self) -> None:
         check_argument("maxshrink", self.maxshrink, "a number in [0, 1]", lambda v: 0 <= v <= 1)
@@ -54,7 +54,7 @@ class ExpandedImportanceMSEOptions(ImportanceMSEOptions):
 
 
 @Observer.register("imatrix_mse")
-class IMatrixMSEObserver(ImportanceObserver, MSEObserver):
+class IMatrixMSEObserver(InputAwareObserver, MSEObserver):
     """``memoryless_mse`` for weights, each error times E[x ** 2] of its input channel (:class:`ImportanceMSEOptions`).
 
     Source: llm-compressor 0.14 ``IMatrixMSEObserver``.
@@ -63,7 +63,7 @@ class IMatrixMSEObserver(ImportanceObserver, MSEObserver):
     options_class = ImportanceMSEOptions
 
     @property
-    def needs_importance(self) -> bool:
+    def needs_inputs(self) -> bool:
         """Yes."""
         return True
 

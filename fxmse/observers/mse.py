@@ -86,7 +86,7 @@ class MSEObserver(Observer):
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The best range of each of the value's groups."""
-        if torch.compiler.is_compiling() and not self.needs_importance:
+        if torch.compiler.is_compiling() and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure(value, global_scale, self._spec))
         options = self.options
         if self.global_scale is None and global_scale is not None and not options.optimize_global_scale:
@@ -96,7 +96,7 @@ class MSEObserver(Observer):
 
     def measure_global(self, value: Tensor) -> Range:
         """The range that the value's global scale follows from."""
-        if torch.compiler.is_compiling() and not self.needs_importance:
+        if torch.compiler.is_compiling() and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure_global(value, self._spec))
         if self.options.optimize_global_scale:
             layout = self.layout.as_one_group()

@@ -23,4 +23,10 @@ The search for the optimum, of all ranges that a format can store:
 - ``optimum``: the search, and how it works.
 - ``counted_optimum``: the search of values that are given by how often each was seen.
 - ``global_scale``: the global scale that weights of NVFP4 are best with.
+
+The search for the least error of what is computed of a weight:
+
+- ``product_sums``: the errors of outputs of many scales at once.
+- ``descent``: groups of a row that take turns in choosing.
+- ``output_optimum``: the search, and how it works.
 """

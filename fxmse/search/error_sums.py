@@ -14,7 +14,7 @@ from fxmse.formats.grids import Format, Grid
 from fxmse.formats.tables import keep
 from fxmse.search.tiles import Arithmetic, split_pairs
 
-__all__ = ["sum_moments", "sum_powers"]
+__all__ = ["list_errors", "sum_moments", "sum_powers"]
 
 # Uncompiled, so many errors are held at a time.
 _MAX_EAGER = 1 << 20
@@ -48,6 +48,18 @@ def sum_moments(
     1 + d times as large has the squared error sum(e ** 2) + 2 * d * sum(e * q) + d ** 2 * sum(q ** 2).
     """
     return torch.stack(_sum(_list_moments, arithmetic, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG))
+
+
+def list_errors(arithmetic: Arithmetic, values_OQPG: Tensor, scale_CQ: Tensor, zero_point_CQ: Tensor | None) -> Tensor:
+    """Each candidate's errors with their signs, in units of its scale, [O, C, Q, P, G]; values are float32."""
+    shape_CQ11 = (len(scale_CQ), *values_OQPG.shape[1:-2], 1, 1)
+    reciprocal = keep(scale_CQ.reciprocal()).reshape(shape_CQ11)
+    zero_point = None if zero_point_CQ is None else zero_point_CQ.reshape(shape_CQ11)
+    values = values_OQPG[:, None]
+    errors, _ = _round(values, reciprocal, zero_point, arithmetic.format)
+    if arithmetic.format.grid.type == "float" and zero_point is None:
+        return torch.where(values < 0, -errors, errors)
+    return errors
 
 
 _Terms = Callable[[Arithmetic, Tensor, Tensor], list[Tensor]]

@@ -1,0 +1,336 @@
+"""What is kept of the inputs that meet a weight: how much the errors of its channels count, alone and together."""
+
+import warnings
+from collections.abc import Hashable, Iterable
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
+
+from fxmse.observers.arrangements import Arrangement, Experts, Patches
+from fxmse.observers.base import Observer
+from fxmse.observers.states import Stateful
+
+__all__ = [
+    "Importance",
+    "ImportanceState",
+    "InputAwareObserver",
+    "InputState",
+    "Inputs",
+    "Products",
+    "ProductsState",
+    "check_input_options",
+]
+
+
+class ImportanceState(NamedTuple):
+    """What an :class:`Importance` keeps; None before the first value.
+
+    Attributes:
+        squares: the sum of each channel's, float64, shape (channels,).
+        num_tokens: float64, no dimension.
+    """
+
+    squares: Tensor | None = None
+    num_tokens: Tensor | None = None
+
+    @property
+    def witnesses(self) -> list[Tensor]:
+        """Float tensors, one of which is not finite if a value was not."""
+        return [tensor for tensor in self if tensor is not None]
+
+
+class ProductsState(NamedTuple):
+    """What :class:`Products` keep; None before the first value.
+
+    Attributes:
+        products: the sum of xᵀ x, float32, shape (matrices, blocks, block_size, block_size).
+        num_tokens: float64, no dimension.
+    """
+
+    products: Tensor | None = None
+    num_tokens: Tensor | None = None
+
+    @property
+    def witnesses(self) -> list[Tensor]:
+        """Float tensors, one of which is not finite if a value was not."""
+        if self.products is None:
+            return []
+        # Where a value is not finite, so is its square.
+        return [self.products.diagonal(dim1=-2, dim2=-1)]
+
+
+InputState: TypeAlias = ImportanceState | ProductsState
+
+
+class Inputs(Stateful[Any]):
+    """Adds something up over the tokens of the values that it is shown, and passes them on.
+
+    In a graph it is the node on the value that feeds a weight's op.
+
+    Attributes:
+        form: what is added up; weights that read the same values can share what is equal.
+        suffix: what it is called, behind its weight's name.
+        strategies: of the weights that it can be used for.
+    """
+
+    state_class: ClassVar[type]
+    suffix: ClassVar[str]
+    strategies: ClassVar[tuple[str, ...]]
+    num_tokens: Tensor | None
+
+    @property
+    def form(self) -> Hashable:
+        """What is added up."""
+        return self.suffix
+
+    @property
+    def sums(self) -> Tensor | None:
+        """What has been added up."""
+        return self.state[0]
+
+    def init(self) -> InputState:
+        """The state before the first value."""
+        return self.state_class()
+
+    def merge(self, state: Any, other: Any) -> Any:
+        """The state after all that two states have seen."""
+        if state[0] is None:
+            return other
+        if other[0] is None:
+            return state
+        device = state[0].device
+        return self.state_class(*(own + added.to(device) for own, added in zip(state, other, strict=True)))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns ``x`` as it is.
+
+        Args:
+            x: float, shape (..., channels).
+            mask: bool or numbers, shape (...) or what broadcasts to it; where it is 0, x is padding and is left out.
+        """
+        tokens = x.detach()
+        if mask is None:
+            # One element makes the count a tensor of x's device without waiting for it.
+            num_tokens = tokens.new_ones((), dtype=torch.float64) * (x.numel() // x.shape[-1])
+        else:
+            is_kept = mask.bool().expand(x.shape[:-1])
+            # Padding may be anything, NaN, too.
+            tokens = torch.where(is_kept[..., None], tokens, 0.0)
+            num_tokens = is_kept.sum().double()
+        added = self.state_class(self._add_up(tokens.reshape(-1, x.shape[-1])), num_tokens)
+        # What was loaded may be on another device than x.
+        self.state = self.merge(added, self.state)
+        return x
+
+    def _add_up(self, tokens: Tensor) -> Tensor:
+        """What is added for these tokens, shape (tokens, channels)."""
+        raise NotImplementedError
+
+    def find_fault(self, num_channels: int) -> str | None:
+        """Why a weight of so many channels cannot be searched with what was seen."""
+        raise NotImplementedError
+
+
+class Importance(Inputs):
+    """Adds up x ** 2 of each channel."""
+
+    state_class = ImportanceState
+    suffix = "importance"
+    strategies = ("channel", "group", "tensor_group")
+    squares: Tensor | None
+
+    def _add_up(self, tokens: Tensor) -> Tensor:
+        return tokens.double().square().sum(0)
+
+    def mean(self) -> Tensor | None:
+        """E[x ** 2] of each channel, float32, shape (channels,); None where nothing was seen."""
+        if self.squares is None or self.num_tokens is None or not self.num_tokens:
+            return None
+        return (self.squares / self.num_tokens).float()
+
+    def find_fault(self, num_channels: int) -> str | None:
+        """Why a weight of so many channels cannot be searched with what was seen."""
+        mean = self.mean()
+        return _UNSEEN if mean is None else _find_fault(mean, len(mean), num_channels)
+
+
+class Products(Inputs):
+    """Adds up xᵀ x, of all channels, or in blocks of channels one after the other: what lies beside those is not kept.
+
+    Args:
+        block_size: of how many channels a block is; the last one is filled up with zeros.
+        max_channels: up to so many are one block.
+
+    Attributes:
+        arrangement: which rows of the weight meet which tokens, where not all meet all.
+    """
+
+    state_class = ProductsState
+    suffix = "products"
+    strategies = ("tensor", "channel", "group", "tensor_group", "block")
+    products: Tensor | None
+
+    def __init__(self, block_size: int, max_channels: int) -> None:
+        super().__init__()
+        self.block_size, self.max_channels = block_size, max_channels
+        self.arrangement: Arrangement | None = None
+
+    @property
+    def form(self) -> Hashable:
+        """What is added up."""
+        return self.suffix, self.block_size, self.max_channels, self.arrangement
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns ``x`` as it is.
+
+        Args:
+            x: float, shape (..., channels), or what a convolution reads.
+            mask: as of :meth:`Inputs.forward`; where ``arrangement`` is one of experts, what says whose each token is.
+        """
+        if self.arrangement is None:
+            return super().forward(x, mask)
+        values = x.detach()
+        num_tokens = values.new_ones((), dtype=torch.float64)
+        if isinstance(self.arrangement, Patches):
+            products = self._multiply(self.arrangement.arrange(values))
+        elif mask is None:
+            products = self._multiply(values)
+        else:
+            products = self._multiply_by_expert(values, self.arrangement.number(values, mask))
+        self.state = self.merge(ProductsState(products, num_tokens), self.state)
+        return x
+
+    def _multiply_by_expert(self, x: Tensor, number: Tensor) -> Tensor:
+        assert isinstance(self.arrangement, Experts)
+        tokens, parts = x.flatten(0, -2), []
+        for expert in range(self.arrangement.num_matrices):
+            is_own = number == expert
+            # In a graph nothing may depend on how many there are.
+            is_traced = torch.compiler.is_compiling()
+            own = torch.where(is_own[:, None], tokens, 0.0) if is_traced else tokens[is_own]
+            parts.append(self._multiply(own[None]))
+        return torch.cat(parts)
+
+    def _add_up(self, tokens: Tensor) -> Tensor:
+        return self._multiply(tokens[None])
+
+    def _multiply(self, tokens: Tensor) -> Tensor:
+        """xᵀ x of tokens, shape (matrices, tokens, channels)."""
+        size = self._find_block_size(tokens.shape[2])
+        tokens = torch.nn.functional.pad(tokens.float(), (0, -tokens.shape[2] % size))
+        blocks = tokens.unflatten(2, (-1, size)).transpose(1, 2)
+        return blocks.transpose(2, 3) @ blocks
+
+    def _find_block_size(self, num_channels: int) -> int:
+        return num_channels if num_channels <= max(self.max_channels, self.block_size) else self.block_size
+
+    def mean(self, damping: float) -> Tensor | None:
+        """E[xᵀ x] by the mean of its diagonal, to which ``damping`` is added, float32; None where nothing was seen.
+
+        An expert that has met no token counts as having met those of all.
+        """
+        if self.products is None or not self.num_tokens:
+            return None
+        products = self.products
+        is_idle = (products.diagonal(dim1=-2, dim2=-1) == 0).flatten(1).all(1)
+        products = torch.where(is_idle[:, None, None, None], products.sum(0), products)
+        diagonal = products.diagonal(dim1=-2, dim2=-1)
+        # The sum may leave float32 where none of its terms does. Channels that are always 0 count for nothing.
+        average = diagonal.double().sum((1, 2)) / (diagonal != 0).sum((1, 2)).clamp(min=1)
+        average = average.clamp(min=torch.finfo(torch.float32).tiny)
+        mean = (products / average[:, None, None, None]).float()
+        mean.diagonal(dim1=-2, dim2=-1).add_(damping)
+        return mean
+
+    def find_fault(self, num_channels: int) -> str | None:
+        """Why a weight of so many channels cannot be searched with what was seen."""
+        if self.products is None or not self.num_tokens:
+            return _UNSEEN
+        diagonal = self.products.diagonal(dim1=-2, dim2=-1).sum(0).flatten()
+        size = self._find_block_size(num_channels)
+        num_seen = len(diagonal) if len(diagonal) != num_channels + -num_channels % size else num_channels
+        return _find_fault(diagonal, num_seen, num_channels)
+
+
+_UNSEEN = "seen no activations: run calibration data through the graph first"
+
+
+def _find_fault(squares: Tensor, num_seen: int, num_channels: int) -> str | None:
+    if num_seen != num_channels:
+        return f"seen activations of {num_seen} channels, where the weight has {num_channels}"
+    faults: Iterable[tuple[Tensor, str]] = (
+        (~squares.isfinite().all(), "seen activations that are not finite"),
+        ((squares < 0).any(), "importance that is negative"),
+        ((squares == 0).all(), "seen activations that are all 0"),
+    )
+    return next((fault for is_so, fault in faults if is_so), None)
+
+
+def check_input_options(strict: object, mask: object) -> None:
+    """Raises ValueError where an argument is none that :class:`InputAwareObserver` takes."""
+    if not isinstance(strict, bool):
+        raise ValueError(f"strict={strict!r}: expected True or False")
+    if mask is not None and not isinstance(mask, str):
+        raise ValueError(f"mask={mask!r}: expected the name of one of the graph's inputs")
+
+
+class InputAwareObserver(Observer):
+    """An observer of weights that can take into account the activations that meet them.
+
+    Show ``inputs`` the activations, then the observer the weight. Without any that can be used the errors count alike,
+    and a warning says why; where ``strict``, that is a ValueError. Its options have ``strict`` and ``mask``.
+    """
+
+    inputs: Inputs | None
+
+    def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
+        super().__init__(base_name, args, **observer_kwargs)
+        self.inputs = self.make_inputs() if self.needs_inputs else None
+
+    def make_inputs(self) -> Inputs:
+        """What is to be kept of the activations; here how large they are."""
+        return Importance()
+
+    def share_inputs(self, inputs: Inputs) -> None:
+        """Has what a graph has as a module of its own be this observer's: a state dict names it once."""
+        self._modules.pop("inputs", None)
+        object.__setattr__(self, "inputs", inputs)
+
+    def observe(self, value: Tensor) -> None:
+        """As :meth:`Observer.observe`; says why where there are no activations to search with."""
+        if self.inputs is not None and (reason := self._find_fault(self.inputs, value)):
+            message = f"{self.name or self.base_name}: {type(self).__name__} has {reason}"
+            if self.options.strict:
+                raise ValueError(message)
+            warnings.warn(f"{message}: all errors count alike", UserWarning, stacklevel=2)
+        super().observe(value)
+
+    def find_importance(self, value: Tensor) -> Tensor | None:
+        """E[x ** 2] of each channel by its mean over them, float32; None where it cannot be used."""
+        if not isinstance(self.inputs, Importance) or self._find_fault(self.inputs, value):
+            return None
+        mean = self.inputs.mean()
+        assert mean is not None
+        # The channels' sum may leave float32 where none of them does.
+        average = mean.double().mean() + torch.finfo(torch.float32).tiny
+        return (mean / average).float().to(value.device)
+
+    def find_products(self, value: Tensor, damping: float) -> Tensor | None:
+        """:meth:`Products.mean`; None where it cannot be used."""
+        if not isinstance(self.inputs, Products) or self._find_fault(self.inputs, value):
+            return None
+        mean = self.inputs.mean(damping)
+        assert mean is not None
+        return mean.to(value.device)
+
+    def _find_fault(self, inputs: Inputs, value: Tensor) -> str | None:
+        """Why the activations cannot be used."""
+        if self.base_name != "weight":
+            return f"no meaning for a value of role {self.base_name}: expected a weight"
+        if self.layout.strategy not in inputs.strategies:
+            return f"no meaning for strategy={self.layout.strategy}: expected {', '.join(inputs.strategies)}"
+        return inputs.find_fault(value.shape[-1])

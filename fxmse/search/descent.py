@@ -1,0 +1,159 @@
+"""Coordinate descent: groups of one row that take turns in choosing, each beside the errors of all others.
+
+Shape suffixes as in :mod:`fxmse.search.output_optimum`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxmse.search.candidates import Candidates, take
+from fxmse.search.compiling import run
+from fxmse.search.product_sums import list_changes, sum_crosses
+from fxmse.search.tiles import Arithmetic
+
+__all__ = ["Column", "descend", "find_channels"]
+
+_IMPROVEMENT = 1e-6  # what a group has to gain, in parts of its own error: less is rounding
+
+
+class Column(NamedTuple):
+    """Of one group of each row: what it can be quantized with, and the error e H e that each makes by itself."""
+
+    candidates: Candidates
+    errors_CQ: Tensor
+
+    def take(self, rows: Tensor) -> "Column":
+        """Some rows' groups."""
+        scale, zero_point = self.candidates
+        candidates = Candidates(scale[:, rows], None if zero_point is None else zero_point[:, rows])
+        return Column(candidates, self.errors_CQ[:, rows])
+
+
+def find_channels(n: int, size: int, block: int) -> tuple[int, slice]:
+    """In which block of H the channels of the n-th group of a row are, and where in it."""
+    place, start = divmod(n * size, block)
+    return place, slice(start, start + size)
+
+
+def descend(
+    arithmetic: Arithmetic,
+    values_NOQG: Tensor,
+    columns: list[Column],
+    index_NQ: Tensor,
+    products_MBB: Tensor,
+    is_compiled: bool,
+    max_sweeps: int,
+) -> Tensor:
+    """The candidates of all groups after so many sweeps, or when no group finds a better one.
+
+    Args:
+        arithmetic: the format.
+        values_NOQG: float32.
+        columns: the candidates of each of N groups.
+        index_NQ: those that are chosen so far.
+        products_MBB: H; B is a multiple of G, and there are channels for N groups.
+        is_compiled: whether to compile what a group does.
+        max_sweeps: how often all groups are gone through.
+    """
+    changes = [
+        list_changes(arithmetic, values[:, :, None], column.candidates.take(index))[:, 0, :, 0]
+        for values, column, index in zip(values_NOQG, columns, index_NQ, strict=True)
+    ]
+    num_blocks, block = products_MBB.shape[:2]
+    by_row = torch.cat([change.flatten(0, 1) for change in changes], 1)
+    by_row = torch.nn.functional.pad(by_row, (0, num_blocks * block - by_row.shape[1]))
+    through_MRB = by_row.unflatten(1, (num_blocks, block)).transpose(0, 1) @ products_MBB
+    changes_NOQG = torch.stack(changes)
+    rows = _Rows(arithmetic, values_NOQG, columns, products_MBB, is_compiled, index_NQ, changes_NOQG, through_MRB)
+    rows.descend(max_sweeps)
+    return rows.index_NQ
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows on their way down; the last three tensors change.
+
+    Attributes:
+        index_NQ: which candidates are chosen.
+        changes_NOQG: the errors that they make.
+        through_MRB: all of a row's errors times H, R = O * Q.
+    """
+
+    arithmetic: Arithmetic
+    values_NOQG: Tensor
+    columns: list[Column]
+    products_MBB: Tensor
+    is_compiled: bool
+    index_NQ: Tensor
+    changes_NOQG: Tensor
+    through_MRB: Tensor
+
+    def descend(self, max_sweeps: int) -> None:
+        """Goes on until no group finds a better candidate."""
+        for sweep in range(1, max_sweeps + 1):
+            is_changed_Q = torch.zeros_like(self.index_NQ[0], dtype=torch.bool)
+            for n in range(len(self.columns)):
+                is_changed_Q |= self._improve(n)
+            rows_Q = is_changed_Q.nonzero()[:, 0]
+            # A row all of whose groups are content stays as it is.
+            if 2 * len(rows_Q) < len(is_changed_Q):
+                if len(rows_Q):
+                    rest = self._take(rows_Q)
+                    rest.descend(max_sweeps - sweep)
+                    self.index_NQ[:, rows_Q] = rest.index_NQ
+                return
+
+    def _improve(self, n: int) -> Tensor:
+        """Has the n-th group of each row choose; whether it chose another candidate, [Q]."""
+        column, errors_OQG = self.columns[n], self.changes_NOQG[n]
+        height, num_rows, size = errors_OQG.shape
+        block, channels = find_channels(n, size, self.products_MBB.shape[1])
+        through_RB, products_GB = self.through_MRB[block], self.products_MBB[block, channels]
+        cross_RG = through_RB[:, channels] - errors_OQG.view(-1, size) @ products_GB[:, channels]
+        cross_OQPG = cross_RG.view(height, num_rows, 1, size)
+        tensors = (self.values_NOQG[n][:, :, None], *column.candidates, column.errors_CQ, cross_OQPG, self.index_NQ[n])
+        index_Q, new_OQPG, is_other_Q = run(self.is_compiled, _choose, self.arithmetic, *tensors)
+        change_RG = new_OQPG.view(-1, size) - errors_OQG.view(-1, size)
+        rows_R = is_other_Q.expand(height, -1).flatten().nonzero()[:, 0]
+        if 2 * len(rows_R) > len(change_RG):
+            through_RB.addmm_(change_RG, products_GB)
+        elif len(rows_R):
+            through_RB.index_add_(0, rows_R, change_RG[rows_R] @ products_GB)
+        self.index_NQ[n], self.changes_NOQG[n] = index_Q, new_OQPG[:, :, 0]
+        return is_other_Q
+
+    def _take(self, rows_Q: Tensor) -> "_Rows":
+        height, num_rows = self.changes_NOQG.shape[1:3]
+        through = self.through_MRB.unflatten(1, (height, num_rows))[:, :, rows_Q].flatten(1, 2)
+        return _Rows(
+            self.arithmetic,
+            self.values_NOQG[:, :, rows_Q],
+            [column.take(rows_Q) for column in self.columns],
+            self.products_MBB,
+            self.is_compiled,
+            self.index_NQ[:, rows_Q],
+            self.changes_NOQG[:, :, rows_Q],
+            through,
+        )
+
+
+def _choose(
+    arithmetic: Arithmetic,
+    values_OQPG: Tensor,
+    scale_CQ: Tensor,
+    zero_point_CQ: Tensor | None,
+    errors_CQ: Tensor,
+    cross_OQPG: Tensor,
+    index_Q: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best candidates beside the other groups' errors, the errors that they make, and whether they are others."""
+    candidates = Candidates(scale_CQ, zero_point_CQ)
+    totals_CQ = errors_CQ + 2 * sum_crosses(arithmetic, values_OQPG, candidates, cross_OQPG)
+    best_Q = totals_CQ.argmin(0)
+    gain_Q = take(totals_CQ, index_Q)[0] - take(totals_CQ, best_Q)[0]
+    is_other_Q = gain_Q > _IMPROVEMENT * take(errors_CQ, index_Q)[0]
+    chosen_Q = torch.where(is_other_Q, best_Q, index_Q)
+    return chosen_Q, list_changes(arithmetic, values_OQPG, candidates.take(chosen_Q))[:, 0], is_other_Q
