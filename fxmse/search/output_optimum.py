@@ -79,7 +79,9 @@ def find_output_optimum(
         Ranges as :func:`fxmse.search.optimum.find_optimum` gives them.
     """
     shape = layout.qparam_shape(value.shape)
-    problem = OptimumProblem(format, AbsolutePower.of(2.0), False, value.dtype)
+    # Beside a global scale, which is float32, all arithmetic is.
+    dtype = value.dtype if global_scale is None else torch.float32
+    problem = OptimumProblem(format, AbsolutePower.of(2.0), False, dtype)
     value = value.detach()
     with torch.no_grad():
         alone = find_optimum(
