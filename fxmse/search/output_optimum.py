@@ -103,7 +103,7 @@ def find_output_optimum(
             some = slice(start, start + at_a_time)
             rows = _Rows.of(problem, values_NOQG[:, :, some], products, is_compiled)
             found.append(rows.search(Range(*(part[:, some] for part in ranges_NQ)), global_scale, max_sweeps))
-    return Range(*(torch.cat(part, 1).T.reshape(shape) for part in zip(*found, strict=True)))
+    return Range(*(torch.cat(part, 1).T.contiguous().view(shape) for part in zip(*found, strict=True)))
 
 
 def list_diagonal(products_MBB: Tensor, num_channels: int) -> Tensor:
