@@ -53,9 +53,9 @@ def sum_crosses(problem: OptimumProblem, values_OQPG: Tensor, candidates: Candid
 def list_changes(problem: OptimumProblem, values_OQPG: Tensor, candidates: Candidates) -> Tensor:
     """Each candidate's errors with their signs, in units of x, shape [O, C, Q, P, G]; the values are float32.
 
-    Half precision divides coarsely: of bfloat16 every 32nd quotient between 4 and 8 is half a step of the grid, from where
-    it is rounded to even. What that does to one error's square is little, but the error has the other sign. So each
-    operation is rounded as it is where the weight is quantized.
+    Half precision divides coarsely: of bfloat16 every 32nd quotient between 4 and 8 is half a step of the grid, from
+    where it is rounded to even. What that does to one error's square is little, but the error has the other sign. So
+    each operation is rounded as it is where the weight is quantized.
     """
     scale_CQ, zero_point_CQ = candidates
     scale_CQ = keep(scale_CQ)
