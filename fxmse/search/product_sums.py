@@ -26,7 +26,7 @@ def multiply(errors_XPG: Tensor, products_PGG: Tensor) -> Tensor:
 
 
 def sum_products(problem: OptimumProblem, values_OQPG: Tensor, candidates: Candidates, products_PGG: Tensor) -> Tensor:
-    """E H e of each candidate, summed over O, shape [C, Q], in units of x ** 2 times those of H.
+    """The error e H e of each candidate, summed over O, shape [C, Q], in units of x ** 2 times those of H.
 
     Args:
         problem: the format.
@@ -39,7 +39,7 @@ def sum_products(problem: OptimumProblem, values_OQPG: Tensor, candidates: Candi
 
 
 def sum_crosses(problem: OptimumProblem, values_OQPG: Tensor, candidates: Candidates, cross_OQPG: Tensor) -> Tensor:
-    """E c of each candidate, summed over O, shape [C, Q]: what it makes of the errors of other groups.
+    """The product e c of each candidate, summed over O, shape [C, Q]: what it makes of the errors of other groups.
 
     Args:
         problem: the format.
