@@ -32,12 +32,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 WINDOW = 256  # tokens
 WINDOWS_A_BATCH = 4
 NUM_HELD_OUT = 8  # windows
-OBSERVER: dict[str, Any] = {"observer": "exact_mse", "observer_kwargs": {"importance": True}}
+OBSERVER = "output_mse"
 CONFIG = QuantizationConfig(
     config_groups={
         "w4a16": QuantizationScheme(
             targets=["Linear"],
-            weights=QuantizationArgs(num_bits=4, strategy="group", group_size=64, **OBSERVER),
+            weights=QuantizationArgs(num_bits=4, strategy="group", group_size=64, observer=OBSERVER),
         )
     },
     ignore=["lm_head"],  # it shares its weight with the embedding

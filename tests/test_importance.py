@@ -237,6 +237,7 @@ def test_without_importance_it_warns_and_searches_alike_or_raises(fault):
     [
         ({"maxshrink": 1.2}, r"maxshrink=1.2: expected a number in \[0, 1\]"),
         ({"patience": -1}, "patience=-1: expected a whole number of at least 0"),
+        ({"patience": float("inf")}, "patience=inf: expected a whole number of at least 0"),
         ({"grid": 0}, "grid=0"),
         ({"expand": 0.5}, "expand=0.5: expected a number of at least 1"),
         ({"strict": 1}, "strict=1: expected True or False"),

@@ -29,6 +29,7 @@ def test_steps_are_counted_in_decimal(maxshrink, grid, num_steps):
         ({"patience": 0}, "patience=0: expected a whole number"),
         ({"patience": 1.5}, "patience=1.5"),
         ({"patience": True}, "patience=True"),
+        ({"patience": math.inf}, "patience=inf"),
         ({"maxshrink": 0.005}, "make no search step"),
     ],
 )

@@ -112,6 +112,7 @@ def _check_finite(
     finally:
         for hook in hooks:
             hook.remove()
+    found |= dict.fromkeys([name for name in bad if name not in found], "has sums that are beyond float32")
     sites = "; ".join(f"{name} {description}" for name, description in found.items())
     raise ValueError(f"NaN or Inf in {what}: {sites}. The observers are as they were before {what}")
 

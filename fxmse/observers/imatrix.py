@@ -36,7 +36,7 @@ class ImportanceMSEOptions(MSEOptions):
 
     def _check_limits(self) -> None:
         check_argument("maxshrink", self.maxshrink, "a number in [0, 1]", lambda v: 0 <= v <= 1)
-        check_argument("patience", self.patience, "a whole number of at least 0", lambda v: v >= 0 and v == int(v))
+        check_argument("patience", self.patience, "a whole number of at least 0", lambda v: v >= 0 and v % 1 == 0)
 
     def _count_steps(self, num_shrinks: int) -> int:
         return max(1, num_shrinks) + 1

@@ -49,10 +49,10 @@ class OutputMSEOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the argument that is out of range."""
-        check_argument("max_sweeps", self.max_sweeps, "a whole number of at least 0", lambda v: v >= 0 and v == int(v))
+        check_argument("max_sweeps", self.max_sweeps, "a whole number of at least 0", lambda v: v >= 0 and v % 1 == 0)
         check_argument("damping", self.damping, "a number of at least 0", lambda v: 0 <= v < float("inf"))
         if self.block_size is not None:
-            check_argument("block_size", self.block_size, "a whole number above 0", lambda v: v > 0 and v == int(v))
+            check_argument("block_size", self.block_size, "a whole number above 0", lambda v: v > 0 and v % 1 == 0)
         if not isinstance(self.negative_scale, bool):
             raise ValueError(f"negative_scale={self.negative_scale!r}: expected True or False")
         check_input_options(self.strict, self.mask)

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxmse.search.candidates import Candidates, take
+from fxmse.search.candidates import Candidates, OptimumProblem, take
 from fxmse.search.compiling import run
 from fxmse.search.product_sums import list_changes, sum_crosses
-from fxmse.search.tiles import Arithmetic
 
 __all__ = ["Column", "descend", "find_channels"]
 
@@ -39,7 +38,7 @@ def find_channels(n: int, size: int, block: int) -> tuple[int, slice]:
 
 
 def descend(
-    arithmetic: Arithmetic,
+    problem: OptimumProblem,
     values_NOQG: Tensor,
     columns: list[Column],
     index_NQ: Tensor,
@@ -50,7 +49,7 @@ def descend(
     """The candidates of all groups after so many sweeps, or when no group finds a better one.
 
     Args:
-        arithmetic: the format.
+        problem: the format.
         values_NOQG: float32.
         columns: the candidates of each of N groups.
         index_NQ: those that are chosen so far.
@@ -59,7 +58,7 @@ def descend(
         max_sweeps: how often all groups are gone through.
     """
     changes = [
-        list_changes(arithmetic, values[:, :, None], column.candidates.take(index))[:, 0, :, 0]
+        list_changes(problem, values[:, :, None], column.candidates.take(index))[:, 0, :, 0]
         for values, column, index in zip(values_NOQG, columns, index_NQ, strict=True)
     ]
     num_blocks, block = products_MBB.shape[:2]
@@ -67,7 +66,7 @@ def descend(
     by_row = torch.nn.functional.pad(by_row, (0, num_blocks * block - by_row.shape[1]))
     through_MRB = by_row.unflatten(1, (num_blocks, block)).transpose(0, 1) @ products_MBB
     changes_NOQG = torch.stack(changes)
-    rows = _Rows(arithmetic, values_NOQG, columns, products_MBB, is_compiled, index_NQ, changes_NOQG, through_MRB)
+    rows = _Rows(problem, values_NOQG, columns, products_MBB, is_compiled, index_NQ, changes_NOQG, through_MRB)
     rows.descend(max_sweeps)
     return rows.index_NQ
 
@@ -82,7 +81,7 @@ class _Rows:
         through_MRB: all of a row's errors times H, R = O * Q.
     """
 
-    arithmetic: Arithmetic
+    problem: OptimumProblem
     values_NOQG: Tensor
     columns: list[Column]
     products_MBB: Tensor
@@ -115,7 +114,7 @@ class _Rows:
         cross_RG = through_RB[:, channels] - errors_OQG.view(-1, size) @ products_GB[:, channels]
         cross_OQPG = cross_RG.view(height, num_rows, 1, size)
         tensors = (self.values_NOQG[n][:, :, None], *column.candidates, column.errors_CQ, cross_OQPG, self.index_NQ[n])
-        index_Q, new_OQPG, is_other_Q = run(self.is_compiled, _choose, self.arithmetic, *tensors)
+        index_Q, new_OQPG, is_other_Q = run(self.is_compiled, _choose, self.problem, *tensors)
         change_RG = new_OQPG.view(-1, size) - errors_OQG.view(-1, size)
         rows_R = is_other_Q.expand(height, -1).flatten().nonzero()[:, 0]
         if 2 * len(rows_R) > len(change_RG):
@@ -129,7 +128,7 @@ class _Rows:
         height, num_rows = self.changes_NOQG.shape[1:3]
         through = self.through_MRB.unflatten(1, (height, num_rows))[:, :, rows_Q].flatten(1, 2)
         return _Rows(
-            self.arithmetic,
+            self.problem,
             self.values_NOQG[:, :, rows_Q],
             [column.take(rows_Q) for column in self.columns],
             self.products_MBB,
@@ -141,7 +140,7 @@ class _Rows:
 
 
 def _choose(
-    arithmetic: Arithmetic,
+    problem: OptimumProblem,
     values_OQPG: Tensor,
     scale_CQ: Tensor,
     zero_point_CQ: Tensor | None,
@@ -151,9 +150,9 @@ def _choose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best candidates beside the other groups' errors, the errors that they make, and whether they are others."""
     candidates = Candidates(scale_CQ, zero_point_CQ)
-    totals_CQ = errors_CQ + 2 * sum_crosses(arithmetic, values_OQPG, candidates, cross_OQPG)
+    totals_CQ = errors_CQ + 2 * sum_crosses(problem, values_OQPG, candidates, cross_OQPG)
     best_Q = totals_CQ.argmin(0)
     gain_Q = take(totals_CQ, index_Q)[0] - take(totals_CQ, best_Q)[0]
     is_other_Q = gain_Q > _IMPROVEMENT * take(errors_CQ, index_Q)[0]
     chosen_Q = torch.where(is_other_Q, best_Q, index_Q)
-    return chosen_Q, list_changes(arithmetic, values_OQPG, candidates.take(chosen_Q))[:, 0], is_other_Q
+    return chosen_Q, list_changes(problem, values_OQPG, candidates.take(chosen_Q))[:, 0], is_other_Q

@@ -58,7 +58,7 @@ class SearchOptions:
 
     def _check_limits(self) -> None:
         check_argument("maxshrink", self.maxshrink, "a number in (0, 1]", lambda v: 0 < v <= 1)
-        check_argument("patience", self.patience, "a whole number of at least 1", lambda v: v >= 1 and v == int(v))
+        check_argument("patience", self.patience, "a whole number of at least 1", lambda v: v >= 1 and v % 1 == 0)
 
     def _count_steps(self, num_shrinks: int) -> int:
         """The number of candidates, of maxshrink * grid."""

@@ -79,7 +79,9 @@ def find_output_optimum(
         Ranges as :func:`fxmse.search.optimum.find_optimum` gives them.
     """
     shape = layout.qparam_shape(value.shape)
-    problem = OptimumProblem(format, AbsolutePower.of(2.0), False, value.dtype)
+    # Beside a global scale, which is float32, all arithmetic is.
+    dtype = value.dtype if global_scale is None else torch.float32
+    problem = OptimumProblem(format, AbsolutePower.of(2.0), False, dtype)
     value = value.detach()
     with torch.no_grad():
         alone = find_optimum(
@@ -101,7 +103,7 @@ def find_output_optimum(
             some = slice(start, start + at_a_time)
             rows = _Rows.of(problem, values_NOQG[:, :, some], products, is_compiled)
             found.append(rows.search(Range(*(part[:, some] for part in ranges_NQ)), global_scale, max_sweeps))
-    return Range(*(torch.cat(part, 1).T.reshape(shape) for part in zip(*found, strict=True)))
+    return Range(*(torch.cat(part, 1).T.contiguous().view(shape) for part in zip(*found, strict=True)))
 
 
 def list_diagonal(products_MBB: Tensor, num_channels: int) -> Tensor:
