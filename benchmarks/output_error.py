@@ -26,7 +26,7 @@ from torch import Tensor
 
 import fxmse
 from fxmse.observers import Observer
-from fxmse.observers.inputs import InputAwareObserver
+from fxmse.observers.input_aware import InputAwareObserver
 from fxmse.search.compiling import compilation
 
 SCHEMES: dict[str, Fields] = {

@@ -8,7 +8,8 @@ from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import make_container
 from fxmse.observers.arrangements import Arrangement
-from fxmse.observers.inputs import InputAwareObserver, Products
+from fxmse.observers.input_aware import InputAwareObserver
+from fxmse.observers.inputs import Products
 from fxmse.passes.operation import Operand
 from fxmse.passes.probe import skip_probes
 from fxmse.passes.versions import Versions

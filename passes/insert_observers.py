@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from fxmse.capture.attributes import list_graphs, make_container
 from fxmse.config import CONFIG_KEY, MODULES_KEY, Config, Site, resolve_config
 from fxmse.observers.base import Observer
-from fxmse.observers.inputs import InputAwareObserver, Products
+from fxmse.observers.input_aware import InputAwareObserver
+from fxmse.observers.inputs import Products
 from fxmse.ops import is_fake_quantize
 from fxmse.passes.arranging import find_arrangement
 from fxmse.passes.base import GraphPass

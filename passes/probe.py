@@ -10,7 +10,8 @@ from torch.fx import GraphModule, Node
 from fxmse.capture.attributes import list_graphs
 from fxmse.config import Site, check_dynamic_shape
 from fxmse.observers.base import Observer
-from fxmse.observers.inputs import InputAwareObserver, Inputs
+from fxmse.observers.input_aware import InputAwareObserver
+from fxmse.observers.inputs import Inputs
 from fxmse.observers.states import State
 from fxmse.passes.weight_view import WeightView
 

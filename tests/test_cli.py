@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES
+from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from PIL import Image
 from safetensors.torch import save_file
@@ -90,6 +91,29 @@ def test_a_decomposed_program_needs_no_data_for_weights(folder, tmp_path, capsys
     assert run(*arguments) == 0
     assert "0 batches" in capsys.readouterr().out
     assert "fxmse" not in str(load_program(out)[0].graph)
+
+
+@pytest.mark.parametrize(
+    ("observer", "data", "expected"),
+    [("auto", True, "output_mse"), ("auto", False, "exact_mse"), ("memoryless_mse", True, "memoryless_mse")],
+)
+def test_weights_get_the_observer_that_is_asked_for(folder, tmp_path, observer, data, expected):
+    out = tmp_path / "out.pt2"
+    arguments = ["quantize", folder / "mlp.pt2", "--scheme", "NVFP4A16", "--out", out, "--observer", observer]
+    assert run(*arguments, *(["--data", folder / "batches.pt"] if data else [])) == 0
+    program, batches = load_program(folder / "mlp.pt2")[0], torch.load(folder / "batches.pt")
+    scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
+    scheme.weights.observer = expected
+    quantized = fxmse.quantize(program, scheme, batches if data else [], progress=False)
+    state = load_program(out)[0].state_dict
+    for name, tensor in quantized.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_an_observer_that_is_not_known_is_named(folder, tmp_path, capsys):
+    arguments = ["quantize", folder / "mlp.pt2", "--scheme", "NVFP4A16", "--out", tmp_path / "out.pt2"]
+    assert run(*arguments, "--observer", "best") == 1
+    assert "observer='best': expected one of" in capsys.readouterr().err
 
 
 def test_a_folder_of_images(folder, tmp_path, capsys):

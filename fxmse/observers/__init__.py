@@ -9,6 +9,7 @@
 - ``mse``: ``memoryless_mse``, ``mse``, ``nvfp4_expanded_mse``.
 - ``arrangements``: which rows of a weight meet which tokens.
 - ``inputs``: what is kept of the activations that meet a weight.
+- ``input_aware``: observers of weights that make use of it.
 - ``imatrix``: ``imatrix_mse``, ``nvfp4_expanded_imatrix``.
 - ``exact``: ``exact_mse``, which finds the optimum.
 - ``output``: ``output_mse``, which finds the least error of outputs.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxmse.observers.base import Observer
 from fxmse.observers.counting import convert_counts, count, list_values
-from fxmse.observers.inputs import InputAwareObserver, check_input_options
+from fxmse.observers.input_aware import InputAwareObserver, check_input_options
 from fxmse.observers.searches import describe_search
 from fxmse.observers.states import State
 from fxmse.search.counted_optimum import find_optimum_of_counts

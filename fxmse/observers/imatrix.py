@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fxmse.observers.base import Observer
-from fxmse.observers.inputs import InputAwareObserver, check_input_options
+from fxmse.observers.input_aware import InputAwareObserver, check_input_options
 from fxmse.observers.mse import MSEObserver, MSEOptions
 from fxmse.search.options import check_argument
 

@@ -9,7 +9,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from fxmse.observers.base import Observer
-from fxmse.observers.inputs import InputAwareObserver, Inputs, Products, check_input_options
+from fxmse.observers.input_aware import InputAwareObserver, check_input_options
+from fxmse.observers.inputs import Inputs, Products
 from fxmse.search.global_scale import find_global_range
 from fxmse.search.optimum import find_optimum
 from fxmse.search.options import check_argument
