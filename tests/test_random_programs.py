@@ -65,6 +65,7 @@ class Case:
     has_outputs: bool = False
     quantize_rows: Callable = quantize_rows
     make_quantizer: Callable = quantize_by_range
+    tolerance: float = 1e-9
 
     @property
     def config(self) -> QuantizationConfig:
@@ -93,7 +94,9 @@ CASES = {
     "groups": Case(
         {**WEIGHTS, "num_bits": 4, "strategy": "group", "group_size": 4}, quantize_rows=quantize_groups_of_4
     ),
-    "exact": Case(EXACT_WEIGHTS, EXACT_INPUTS, False, find_rows_exactly, find_inputs_exactly),
+    # Where the best scale is follows from float32 sums, whose order depends on a weight's shape (an expanded one has
+    # more dimensions): it may be an ulp off.
+    "exact": Case(EXACT_WEIGHTS, EXACT_INPUTS, False, find_rows_exactly, find_inputs_exactly, 1e-6),
 }
 BATCHES = [make_batch(seed) for seed in range(3)]
 
@@ -148,7 +151,9 @@ def check(program, front_end, name="inputs"):
         assert found is None
         return
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * max(1, other.abs().max().item()))
+        torch.testing.assert_close(
+            one, other, rtol=case.tolerance, atol=case.tolerance * max(1, other.abs().max().item())
+        )
 
 
 FRONT_ENDS = ("symbolic_trace", "module", "export", "calibration")
