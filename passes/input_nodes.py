@@ -67,7 +67,10 @@ def insert_input_nodes(meetings: Iterable[Meeting], order: Mapping[Node, int]) -
 
 
 def _agree(observer: InputAwareObserver, own: list[Meeting], order: Mapping[Node, int]) -> list[Meeting]:
-    """Tells the observer's inputs how its weight meets tokens; of different ways, each row meets all."""
+    """Tells the observer's inputs how its weight meets tokens.
+
+    Of different ways each row meets all tokens; patches of different convolutions are no tokens.
+    """
     if not isinstance(observer.inputs, Products):
         return [replace(meeting, arrangement=None) for meeting in own]
     ways = {meeting.arrangement for meeting in own if meeting.operand}
@@ -77,8 +80,11 @@ def _agree(observer: InputAwareObserver, own: list[Meeting], order: Mapping[Node
         for choice in meeting.choice
         if isinstance(choice, Node) and meeting.operand
     )
-    observer.inputs.arrangement = next(iter(ways)) if len(ways) == 1 and is_known else None
-    return [replace(meeting, arrangement=observer.inputs.arrangement) for meeting in own]
+    arrangement = next(iter(ways)) if len(ways) == 1 and is_known else None
+    observer.inputs.arrangement = arrangement
+    if arrangement is None:
+        own = [replace(m, operand=m.operand if m.operand and m.operand.is_channels_last else None) for m in own]
+    return [replace(meeting, arrangement=arrangement) for meeting in own]
 
 
 def _identify(meeting: Meeting, versions: dict[GraphModule, Versions]) -> tuple[GraphModule, object, int]:

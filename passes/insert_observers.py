@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import list_graphs, make_container
 from fxmse.config import CONFIG_KEY, MODULES_KEY, Config, Site, resolve_config
+from fxmse.observers.arrangements import Patches
 from fxmse.observers.base import Observer
 from fxmse.observers.input_aware import InputAwareObserver
 from fxmse.observers.inputs import Products
@@ -291,7 +292,9 @@ def _list_meetings(plan: list[_Observation]) -> Iterator[Meeting]:
         operands = [(read.operation, operand) for read in observation.reads for operand in read.operation.operands]
         for operation, operand in operands:
             arrangement, choice = find_arrangement(operation, operand)
-            if operand.is_channels_last or (isinstance(observer.inputs, Products) and arrangement):
+            # Of columns, and of what a convolution reads unless as patches, the last dimension is not the channels'.
+            is_patches = isinstance(observer.inputs, Products) and isinstance(arrangement, Patches)
+            if operand.is_channels_last or is_patches:
                 yield Meeting(observer, name, graph_module, operand, observation.mask, arrangement, choice)
         # An embedding's input is an index, and importance knows no convolution's rows: their observers see nothing, and
         # say so.

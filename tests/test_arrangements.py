@@ -30,12 +30,12 @@ def get_products(observed):
 
 
 CONVOLUTIONS = {
-    "plain": (nn.Conv2d(8, 12, 3), (8, 9, 7)),
-    "strided": (nn.Conv2d(8, 12, 3, stride=2, padding=1), (8, 9, 7)),
-    "dilated groups": (nn.Conv2d(8, 12, 3, stride=(2, 1), padding=(0, 2), dilation=2, groups=2), (8, 9, 11)),
-    "same": (nn.Conv1d(8, 12, 5, padding="same", dilation=2), (8, 10)),
-    "depthwise": (nn.Conv1d(8, 8, 4, padding=1, groups=8), (8, 10)),
-    "3d": (nn.Conv3d(4, 8, (1, 2, 2), padding=1), (4, 5, 6, 7)),
+    "plain": (lambda: nn.Conv2d(8, 12, 3), (8, 9, 7)),
+    "strided": (lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1), (8, 9, 7)),
+    "dilated groups": (lambda: nn.Conv2d(8, 12, 3, stride=(2, 1), padding=(0, 2), dilation=2, groups=2), (8, 9, 11)),
+    "same": (lambda: nn.Conv1d(8, 12, 5, padding="same", dilation=2), (8, 10)),
+    "depthwise": (lambda: nn.Conv1d(8, 8, 4, padding=1, groups=8), (8, 10)),
+    "3d": (lambda: nn.Conv3d(4, 8, (1, 2, 2), padding=1), (4, 5, 6, 7)),
 }
 
 
@@ -43,7 +43,8 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolutions_products_give_the_error_of_its_output(name, front_end):
     torch.manual_seed(0)
-    convolution, shape = CONVOLUTIONS[name]
+    make_convolution, shape = CONVOLUTIONS[name]
+    convolution = make_convolution()
     batches = [torch.randn(3, *shape) for _ in range(2)]
     model = nn.Sequential(convolution).eval()
     observed = observe(
@@ -118,6 +119,38 @@ def test_each_expert_has_the_products_of_its_own_tokens(kind, compile):
     torch.testing.assert_close(products[:, 0].double(), sum_products(kind, batches), rtol=1e-5, atol=1e-4)
     scales = [name for name in fxmse.convert(observed).state_dict() if name.endswith("weight_scale")]
     assert scales == ["weight_scale"]
+
+
+class Columns(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6, 8))
+
+    def forward(self, x, expert):
+        return torch.bmm(self.weight[expert], x)
+
+
+class TwoStrides(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 8, 2)
+
+    def forward(self, x):
+        return self.conv(x).sum() + F.conv1d(x, self.conv.weight, stride=2).sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [
+        (Columns(), (torch.randn(16, 8, 8), torch.randint(0, 4, (16,)))),  # as many columns as channels
+        (TwoStrides(), (torch.randn(2, 4, 8),)),  # as long as a row has elements
+    ],
+)
+def test_what_is_neither_tokens_nor_one_kind_of_patches_is_named(model, batch):
+    with pytest.warns(UserWarning, match="matched no module"):
+        observed = observe(model.eval(), [batch], ["re:.*", "Columns", "TwoStrides"])
+    with pytest.raises(ValueError, match=r"weight: OutputMSEObserver has seen no activations"):
+        fxmse.convert(observed)
 
 
 def test_an_expert_without_tokens_counts_as_having_met_all():

@@ -117,8 +117,7 @@ class ExactMSEObserver(InputAwareObserver):
             self.options.power,
             global_scale=global_scale,
             importance=self.find_importance(value),
-            # Of 8 bits it would gain a hundredth of the error at most, and their kernels are the pickiest.
-            negative_scale=self.options.negative_scale and self.format.grid.num_bits < 8,
+            negative_scale=self.takes_negative_scales,
         )
 
     def measure_global(self, value: Tensor) -> Range:

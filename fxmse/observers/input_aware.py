@@ -34,6 +34,12 @@ class InputAwareObserver(Observer):
         super().__init__(base_name, args, **observer_kwargs)
         self.inputs = self.make_inputs() if self.needs_inputs else None
 
+    @property
+    def takes_negative_scales(self) -> bool:
+        """Whether a weight's scales are searched below 0, too, of an observer that has the option."""
+        # Of 8 bits it would gain a hundredth of the error at most, and their kernels are the pickiest.
+        return bool(self.options.negative_scale) and self.format.grid.num_bits < 8
+
     def make_inputs(self) -> Inputs:
         """What is to be kept of the activations; here how large they are."""
         return Importance()

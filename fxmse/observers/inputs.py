@@ -189,20 +189,21 @@ class Products(Inputs):
         if self.arrangement is None:
             return super().forward(x, mask)
         values = x.detach()
-        num_tokens = values.new_ones((), dtype=torch.float64)
         if isinstance(self.arrangement, Patches):
-            products = self._multiply(self.arrangement.arrange(values))
-        elif mask is None:
+            values = self.arrangement.arrange(values)
+        if mask is None:
             products = self._multiply(values)
         else:
-            products = self._multiply_by_expert(values, self.arrangement.number(values, mask))
+            assert isinstance(self.arrangement, Experts)
+            number = self.arrangement.number(values, mask)
+            products = self._multiply_by_expert(values.flatten(0, -2), number, self.arrangement.num_matrices)
+        num_tokens = values.new_ones((), dtype=torch.float64) * (values.numel() // values.shape[-1])
         self.state = self.merge(ProductsState(products, num_tokens), self.state)
         return x
 
-    def _multiply_by_expert(self, x: Tensor, number: Tensor) -> Tensor:
-        assert isinstance(self.arrangement, Experts)
-        tokens, parts = x.flatten(0, -2), []
-        for expert in range(self.arrangement.num_matrices):
+    def _multiply_by_expert(self, tokens: Tensor, number: Tensor, num_experts: int) -> Tensor:
+        parts = []
+        for expert in range(num_experts):
             is_own = number == expert
             # In a graph nothing may depend on how many there are.
             is_traced = torch.compiler.is_compiling()

@@ -101,8 +101,7 @@ class OutputMSEObserver(InputAwareObserver):
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The best range of each of a weight's groups."""
-        # Of 8 bits it would gain a hundredth of the error at most, and their kernels are the pickiest.
-        negative_scale = self.options.negative_scale and self.format.grid.num_bits < 8
+        negative_scale = self.takes_negative_scales
         products = self.find_products(value, self.options.damping)
         if products is None:
             return find_optimum(
