@@ -7,6 +7,7 @@ from fxmse.outputs.exporting import export
 from fxmse.outputs.reporting import report
 from fxmse.pipeline import calibrate, convert, prepare, quantize
 from fxmse.search.compiling import compilation
+from fxmse.streaming.quantizing import quantize_checkpoint
 
 __all__ = [
     "Calibration",
@@ -18,6 +19,7 @@ __all__ = [
     "load_qparams",
     "prepare",
     "quantize",
+    "quantize_checkpoint",
     "report",
     "save_pretrained",
 ]

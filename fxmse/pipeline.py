@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,7 @@ def calibrate(
     *,
     compile: bool = False,
     progress: bool = True,
+    on_outputs: Callable[[Any], None] | None = None,
     group: "ProcessGroup | None" = None,
     timeout: timedelta = timedelta(minutes=30),
 ) -> GraphModule:
@@ -86,6 +87,8 @@ def calibrate(
         compile: compile model and observers together, as one graph for batches of any size; the first batch is run as
             it is. Pays where so many batches come that the model's own compilation does.
         progress: show a progress bar (of a group, on its first rank).
+        on_outputs: called with what the graph returns for each batch. Without it what only the outputs need is not run,
+            as a language model's head.
         group: the processes that calibrate together, of any backend, as ``torch.distributed.group.WORLD`` (which is
             None before ``init_process_group``). Their connections of gloo's are made for this call.
         timeout: with ``group``, how long a rank waits for another one: at least as long as the slowest may come, or
@@ -108,7 +111,7 @@ def calibrate(
     bar = tqdm(batches, desc="calibrate", unit="batch", disable=not is_shown)
     if group is None:
         observe_weights(find_free_weights(observed))
-        num_batches = observe_batches(observed, bar, compile)
+        num_batches = observe_batches(observed, bar, compile, on_outputs)
     else:
         with Ranks(group, timeout) as ranks:
             check_alike(ranks, {"the call": "calibrate", **describe(observed)})
@@ -116,7 +119,7 @@ def calibrate(
             agree_on_weights(ranks, weights)
             unknown = {probe: rows for probe, rows in weights.items() if not probe.knows(rows)}
             share_searches(ranks, unknown, observe_weights)
-            run = functools.partial(observe_batches, observed, ranks.watch(bar), compile)
+            run = functools.partial(observe_batches, observed, ranks.watch(bar), compile, on_outputs)
             num_batches = merge_states(ranks, observed, run)
     unseen = [probe.name for probe in get_probes(observed) if not probe.is_weight and not probe.has_statistics]
     if unseen:

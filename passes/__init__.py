@@ -9,6 +9,8 @@ What they share, and what they put into a graph:
 - ``versions``: which version of a value a node reads, where graphs write in place.
 - ``constants``: values that follow from parameters alone, as weights do.
 - ``finishing``: weights that wait for all data, and global scales that are shared.
+- ``trimming``: what of an observed graph observers need.
+- ``parts``: an observed graph in parts, each of which can run alone.
 
 What they look for in a graph:
 

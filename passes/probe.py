@@ -17,6 +17,7 @@ from fxmse.passes.weight_view import WeightView
 
 __all__ = [
     "Probe",
+    "find_called",
     "find_inputs",
     "find_probe",
     "find_probes",
@@ -159,7 +160,8 @@ def sum_bits(weight: Tensor) -> int | None:
     return sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_AT_A_TIME))
 
 
-def _find_called(graph_module: GraphModule, node: object) -> nn.Module | None:
+def find_called(graph_module: GraphModule, node: object) -> nn.Module | None:
+    """The module that ``node`` calls; None for everything else."""
     if not isinstance(node, Node) or node.op != "call_module":
         return None
     return graph_module.get_submodule(str(node.target))
@@ -167,7 +169,7 @@ def _find_called(graph_module: GraphModule, node: object) -> nn.Module | None:
 
 def find_probe(graph_module: GraphModule, node: object) -> Probe | None:
     """The probe that ``node`` calls; None for everything else."""
-    module = _find_called(graph_module, node)
+    module = find_called(graph_module, node)
     return module if isinstance(module, Probe) else None
 
 
@@ -183,13 +185,13 @@ def find_inputs(graph_module: GraphModule) -> Iterator[tuple[Node, Inputs]]:
     """The nodes that look at the values that meet weights, in the same order."""
     for graph in list_graphs(graph_module):
         for node in graph.graph.nodes:
-            module = _find_called(graph, node)
+            module = find_called(graph, node)
             if isinstance(module, Inputs):
                 yield node, module
 
 
 def skip_probes(graph_module: GraphModule, value: object) -> object:
     """What ``value`` was before probes and inputs passed it on."""
-    while isinstance(value, Node) and isinstance(_find_called(graph_module, value), Probe | Inputs):
+    while isinstance(value, Node) and isinstance(find_called(graph_module, value), Probe | Inputs):
         value = value.args[0]
     return value

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -50,11 +50,22 @@ class Versions:
             self._memory[node] = frozenset({own}).union(*shared)
             if written:
                 self._writes.append((place, frozenset().union(*(self._memory.get(node, ()) for node in written))))
+        self._nodes = list(self._places)
 
     def find(self, value: Node, reader: Node) -> int:
         """The version of ``value`` that ``reader`` reads: equal for readers without a write to it between them."""
         end, memory = self._places[reader], self._memory[value]
         return sum(place < end and not memory.isdisjoint(written) for place, written in self._writes)
+
+    def find_writers(self, values: Iterable[Node]) -> list[Node]:
+        """The nodes that write the memory of any of ``values``."""
+        memory = frozenset().union(*(self._memory[value] for value in values))
+        return [self._nodes[place] for place, written in self._writes if not memory.isdisjoint(written)]
+
+    def list_written(self) -> list[list[Node]]:
+        """For each write the nodes whose value is in the memory that is written."""
+        written = dict.fromkeys(memory for _, memory in self._writes)
+        return [[node for node in self._nodes if not self._memory[node].isdisjoint(memory)] for memory in written]
 
     def is_written(self, value: Node) -> bool:
         """Whether anything writes the memory of ``value``."""

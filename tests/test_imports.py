@@ -22,6 +22,7 @@ FLOORS = (
     ("calibration",),
     ("pipeline",),
     ("inputs", "outputs"),
+    ("streaming",),
     ("",),  # fxmse itself, which is the public surface
     ("cli",),
 )

@@ -17,6 +17,7 @@ from fxmse.observers.inputs import Inputs
 from fxmse.ops import is_fake_quantize
 from fxmse.passes.open_regions import find_open
 from fxmse.passes.probe import Probe, find_inputs, find_probes
+from fxmse.passes.trimming import trim
 
 __all__ = ["check_batches", "get_probes", "observe_batches", "observe_or_roll_back", "observe_weights"]
 
@@ -48,9 +49,19 @@ def observe_weights(weights: Mapping[Probe, Tensor]) -> None:
     observe_or_roll_back(probes, "the weights", lambda: [probe(rows) for probe, rows in weights.items()])
 
 
-def observe_batches(observed: GraphModule, batches: Iterable[Any], compile: bool) -> int:
-    """Runs batches through an observed graph, whose weights are known; returns how many."""
-    watchers: dict[str, Probe | Inputs] = {p.name: p for p in get_probes(observed) if not p.is_weight}
+def observe_batches(
+    observed: GraphModule, batches: Iterable[Any], compile: bool, on_outputs: Callable[[Any], None] | None = None
+) -> int:
+    """Runs batches through an observed graph, whose weights are known; returns how many.
+
+    Args:
+        observed: the graph. What neither its observers nor its outputs need is not run.
+        batches: the batches.
+        compile: as in ``fxmse.calibrate``.
+        on_outputs: called with what the graph returns for each batch; without it outputs are not computed.
+    """
+    observed = trim(observed, keep_outputs=on_outputs is not None)
+    watchers: dict[str, Probe | Inputs] = {p.name: p for _, p in find_probes(observed) if not p.is_weight}
     watchers |= {str(node.target): inputs for node, inputs in find_inputs(observed)}
     # Which branch is run, and how often a loop, is known in Python alone: around those the graph is compiled in parts.
     is_whole = not find_open(observed)
@@ -64,7 +75,11 @@ def observe_batches(observed: GraphModule, batches: Iterable[Any], compile: bool
             # The first batch gives the observers their states, and what a graph is compiled for changes no more.
             run = compiled if count > 1 else observed
             uncompiled = functools.partial(observed, *args, **kwargs)
-            observe_or_roll_back(watchers, f"batch {count}", functools.partial(run, *args, **kwargs), uncompiled)
+            outputs = observe_or_roll_back(
+                watchers, f"batch {count}", functools.partial(run, *args, **kwargs), uncompiled
+            )
+            if on_outputs:
+                on_outputs(outputs)
     return count
 
 
@@ -73,12 +88,13 @@ def observe_or_roll_back(
     what: str,
     run: Callable[[], object],
     uncompiled: Callable[[], object] | None = None,
-) -> None:
-    """Calls ``run``; whatever goes wrong, the states of ``watchers`` are as they were before."""
+) -> object:
+    """What ``run`` returns; whatever goes wrong, the states of ``watchers`` are as they were before."""
     before = {name: watcher.state for name, watcher in watchers.items()}
     try:
-        run()
+        result = run()
         _check_finite(watchers, before, what, uncompiled or run)
+        return result
     except BaseException:
         _restore(watchers, before)
         raise

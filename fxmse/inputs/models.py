@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 
 from fxmse.inputs.programs import load_program
 
-__all__ = ["Source", "load_source"]
+__all__ = ["Source", "find_model_class", "load_source", "read_config"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,18 @@ def load_source(path: Path) -> Source:
     """
     if path.suffix == ".pt2":
         return Source(path, program=load_program(path)[0])
+    config = read_config(path)
+    # Safetensors alone: a .bin is unpickled.
+    arguments = {"local_files_only": True, "use_safetensors": True}
+    return Source(path, model=find_model_class(config).from_pretrained(path, **arguments).eval())
+
+
+def read_config(path: Path) -> Any:
+    """The config of a Hugging Face folder, a ``transformers.PreTrainedConfig``.
+
+    Raises:
+        ValueError: there is none, or it is of a quantized model.
+    """
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: expected a .pt2, or a folder with a config.json")
     import transformers
@@ -65,8 +77,12 @@ def load_source(path: Path) -> Source:
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{path} is quantized already: expected the float model that it was made of")
+    return config
+
+
+def find_model_class(config: Any) -> Any:
+    """The class that a config names first, of those that transformers has, or ``transformers.AutoModel``."""
+    import transformers
+
     names = getattr(config, "architectures", None) or []
-    model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-    # Safetensors alone: a .bin is unpickled.
-    arguments = {"local_files_only": True, "use_safetensors": True}
-    return Source(path, model=(model_class or transformers.AutoModel).from_pretrained(path, **arguments).eval())
+    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), transformers.AutoModel)

@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,15 @@ from fxmse.outputs.files import replace_folder
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
 
-__all__ = ["check_replaceable", "save_pretrained"]
+__all__ = [
+    "apply_config",
+    "check_replaceable",
+    "check_untied",
+    "copy_tokenizer",
+    "find_homes",
+    "read_sites",
+    "save_pretrained",
+]
 
 # What belongs to a tokenizer or processor, in the folder that a model was loaded from.
 _TOKENIZER_FILES = (
@@ -73,16 +81,17 @@ def save_pretrained(
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: expected a transformers.PreTrainedModel")
     check_replaceable(Path(path))
-    sites = _read_sites(quantized)
+    sites = read_sites(quantized)
     config = quantized.meta.get(CONFIG_KEY)
     if not sites or config is None:
         raise ValueError("the graph has no fake-quantize nodes that fxmse folded: make it with fxmse.convert")
     prepared = _share_parameters(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what matches nothing was named when observers were inserted
-        apply_quantization_config(prepared, _ignore_untouched(config, prepared, sites), show_progress=False)
-    _check_untied(prepared, sites)
-    _set_qparams(prepared, sites)
+    apply_config(prepared, config, sites)
+    check_untied(prepared, sites)
+    for module, qparams in find_homes(prepared, sites).items():
+        for name, value in qparams.items():
+            parameter = prepared.get_submodule(module).get_parameter(name)
+            parameter.data = value.to(parameter.device)
     compressor = ModelCompressor.from_pretrained_model(prepared)
     compressor.compress_model(prepared)
     _warn_of_dtype(prepared)
@@ -90,7 +99,7 @@ def save_pretrained(
         prepared.save_pretrained(folder)
         compressor.update_config(str(folder))
         if model.name_or_path:
-            _copy_tokenizer(Path(model.name_or_path), folder)
+            copy_tokenizer(Path(model.name_or_path), folder)
         for name, content in (extra_files or {}).items():
             (folder / name).write_text(content)
 
@@ -104,7 +113,14 @@ def check_replaceable(path: Path) -> None:
         raise ValueError(f"{path} exists and holds no quantized checkpoint: choose a new folder, or empty it")
 
 
-def _check_untied(model: nn.Module, sites: Mapping[str, object]) -> None:
+def apply_config(model: nn.Module, config: QuantizationConfig, sites: Collection[str]) -> None:
+    """Gives the modules of ``model`` that were quantized their schemes, and places for their qparams."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matches nothing was named when observers were inserted
+        apply_quantization_config(model, _ignore_untouched(config, model, sites), show_progress=False)
+
+
+def check_untied(model: nn.Module, sites: Collection[str]) -> None:
     """Raises ValueError for a weight that two modules share, which from_pretrained would tie again in float."""
     names: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -117,7 +133,7 @@ def _check_untied(model: nn.Module, sites: Mapping[str, object]) -> None:
             )
 
 
-def _read_sites(quantized: GraphModule) -> dict[str, dict[str, Tensor | None]]:
+def read_sites(quantized: GraphModule) -> dict[str, dict[str, Tensor | None]]:
     """Each site's qparams; None where there is none."""
     sites = {}
     opened = copy_graph_module(quantized)
@@ -139,7 +155,7 @@ def _share_parameters(model: nn.Module) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def _ignore_untouched(config: QuantizationConfig, model: nn.Module, sites: Mapping[str, object]) -> QuantizationConfig:
+def _ignore_untouched(config: QuantizationConfig, model: nn.Module, sites: Collection[str]) -> QuantizationConfig:
     """The config with the linears and embeddings that it targets but the graph leaves in float among its ignores."""
     touched = {name.rpartition(".")[0] for name in sites}
     targets = [target for scheme in config.config_groups.values() for target in scheme.targets]
@@ -152,8 +168,17 @@ def _ignore_untouched(config: QuantizationConfig, model: nn.Module, sites: Mappi
     return config.model_copy(update={"ignore": ignore + untouched}, deep=True)
 
 
-def _set_qparams(model: nn.Module, sites: Mapping[str, Mapping[str, Tensor | None]]) -> None:
-    """Puts each site's qparams where compressed-tensors keeps them."""
+def find_homes(model: nn.Module, sites: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, dict[str, Tensor]]:
+    """Of each quantized module its qparams, by the names under which compressed-tensors keeps them.
+
+    Args:
+        model: one that :func:`apply_config` prepared.
+        sites: the qparams of each site; none where only the places are asked for.
+
+    Raises:
+        ValueError: sites that such a checkpoint has no place for (all are named); a shape that does not fit.
+    """
+    homes: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     homeless = []
     for site, qparams in sites.items():
         path, _, role = site.rpartition(".")
@@ -168,21 +193,23 @@ def _set_qparams(model: nn.Module, sites: Mapping[str, Mapping[str, Tensor | Non
             homeless.append(site)
             continue
         for kind, parameter in found.items():
-            if parameter is None:
+            if parameter is None or not qparams:
                 continue
             value = qparams[kind]
-            value = torch.zeros_like(parameter) if value is None else value  # a zero point of 0
+            # A zero point of 0.
+            value = torch.zeros_like(parameter, device="cpu") if value is None else value.detach().clone()
             if value.shape != parameter.shape:
                 raise ValueError(
                     f"{site}_{kind} has shape {tuple(value.shape)}, compressed-tensors expects "
                     f"{tuple(parameter.shape)}: was the graph made of this model?"
                 )
-            parameter.data = value.detach().to(parameter.device).clone()
+            homes[path][f"{role}_{kind}"] = value
     if homeless:
         raise ValueError(
             f"a compressed-tensors checkpoint has no place for {'; '.join(homeless)}: it holds values of Linear "
             "and attention modules. Leave these out of the config, or save the graph as a .pt2"
         )
+    return homes
 
 
 def _warn_of_dtype(model: Any) -> None:
@@ -198,7 +225,8 @@ def _warn_of_dtype(model: Any) -> None:
         )
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the files of a tokenizer or processor that ``folder`` has none of."""
     for pattern in _TOKENIZER_FILES if source.is_dir() else ():
         for file in source.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():

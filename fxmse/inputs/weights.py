@@ -1,0 +1,264 @@
+"""Hugging Face models without their weights, which are read from the folder's safetensors when they are asked for."""
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fxmse.capture.attributes import find_place
+from fxmse.inputs.models import find_model_class, read_config
+
+__all__ = ["Weights", "load_skeleton"]
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_ALIGNMENT = 64  # bytes; kernels may add up in another order where memory begins elsewhere
+
+
+def load_skeleton(path: Path, dtype: torch.dtype | None = None) -> "tuple[Any, Weights]":
+    """A folder's model in evaluation mode, whose parameters have memory that was never touched, and its weights.
+
+    All that is computed when a model is made (the frequencies of rotary embeddings) is there, as are the buffers that
+    the folder holds. A parameter's memory becomes real when it is written first; nobody should.
+
+    Args:
+        path: a Hugging Face folder of safetensors, in one file or several with an index.
+        dtype: of the model; by default what transformers would load it in.
+
+    Raises:
+        ValueError: no such folder, a quantized model, files that cannot be read, or weights that are missing or do not
+            fit the model.
+    """
+    config = read_config(path)
+    files = _find_tensors(path)
+    dtype = dtype or config.dtype or _find_dtype(files)
+    with _parameters_on_meta():
+        model = find_model_class(config)._from_config(config, dtype=dtype).eval()
+    weights = Weights(path, model, files, dtype)
+    hollow = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in model.parameters()}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            module._parameters[name] = None if parameter is None else hollow[id(parameter)]
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in weights.names}
+    for name, value in weights.load(buffers).items():
+        buffers[name].copy_(value)
+    weights.locate(model)
+    return model, weights
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Has parameters, but not buffers, be made without memory within a ``with`` block."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _find_tensors(path: Path) -> dict[str, Path]:
+    """The file of each tensor."""
+    index = path / _INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is no index of safetensors: {type(error).__name__} {error}") from None
+        if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise ValueError(f"{index} names {bad[0]!r}: expected files of its own folder")
+    else:
+        weight_map, names = None, [_SINGLE]
+    files: dict[str, Path] = {}
+    for name in names:
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist: expected {_SINGLE}, or the files that {_INDEX} names")
+        try:
+            with safe_open(file, "pt") as opened:
+                files |= dict.fromkeys(opened.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
+    if weight_map is not None and (lost := sorted(set(weight_map) - set(files))):
+        raise ValueError(f"{index} names tensors that no file has: {', '.join(lost[:3])}{', ...' if lost[3:] else ''}")
+    return files
+
+
+def _find_dtype(files: Mapping[str, Path]) -> torch.dtype:
+    """The dtype of the first tensor that is float, as transformers takes it."""
+    for name, file in files.items():
+        with safe_open(file, "pt") as opened:
+            dtype = opened.get_slice(name)[...].dtype
+        if dtype.is_floating_point:
+            return dtype
+    return torch.get_default_dtype()
+
+
+class Weights:
+    """The tensors of a folder under the model's names, as transformers would load them.
+
+    Renamed, fused and cast by transformers' own conversions; memory-mapped where that leaves them as they are.
+
+    Attributes:
+        names: all parameters and buffers that the folder holds.
+        sizes: the bytes of each in the model.
+        unexpected: the folder's tensors that the model has no use for.
+        dtype: the model's.
+        conversions: how the folder's tensors become the model's, in transformers' terms.
+    """
+
+    def __init__(self, path: Path, model: Any, files: Mapping[str, Path], dtype: torch.dtype) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self.path = path
+        self.files = files
+        self.dtype = dtype
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        targets = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
+        expected = model.state_dict()
+        self._sources: defaultdict[str, list[str]] = defaultdict(list)
+        unexpected = []
+        for key in sorted(files):
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+            if name not in expected and key in expected:
+                name, pattern = key, None
+            patterns = targets[pattern] if pattern else [""]
+            names = [name.replace(patterns[0], other, 1) for other in patterns]
+            if name not in expected:
+                unexpected += names
+            for target in names if name in expected else ():
+                self._sources[target].append(key)
+        self.conversions = [entry for entry in mapping if entry.was_used()]
+        self._mapping = mapping
+        self._places: dict[int, str] = {}
+        self.sizes: dict[str, int] = {}
+        self.names = frozenset(self._sources)
+        self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        if missing := [name for name in expected if self.resolve(name) not in self.names]:
+            raise ValueError(
+                f"{path} lacks {', '.join(missing[:3])}{', ...' if missing[3:] else ''} ({len(missing)} of "
+                f"{len(expected)} tensors of {type(model).__name__}): expected config.json to be of these weights"
+            )
+        self.unexpected = unexpected
+        self._on_meta = copy.deepcopy(model).to("meta")
+
+    def locate(self, model: nn.Module) -> None:
+        """Takes note of where the parameters of ``model`` are."""
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self._places = {find_place(named[name]): name for name in self.names if name in named and named[name].numel()}
+        self.sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name in self.names}
+
+    def list_fused(self, model: nn.Module) -> list[list[nn.Parameter]]:
+        """The parameters that are one tensor in the folder."""
+        named = dict(model.named_parameters(remove_duplicate=False))
+        by_source: defaultdict[str, list[nn.Parameter]] = defaultdict(list)
+        for name, sources in self._sources.items():
+            for source in sources if name in named else ():
+                by_source[source].append(named[name])
+        return [parameters for parameters in by_source.values() if len(parameters) > 1]
+
+    def resolve(self, name: str) -> str:
+        """The name that a parameter has in :attr:`names`: of a tied one, that of the other."""
+        return name if name in self.names else self._tied.get(name, name)
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by the model's names: memory-mapped where they are in the file as the model wants them.
+
+        Raises:
+            ValueError: a tensor of another shape than the model's.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        names = list(names)
+        by_file: defaultdict[Path, list[str]] = defaultdict(list)
+        for key in dict.fromkeys(key for name in names for key in self._sources[name]):
+            by_file[self.files[key]].append(key)
+        found: dict[str, Tensor] = {}
+        for file, keys in by_file.items():
+            with safe_open(file, "pt") as opened:
+                found |= {key: opened.get_tensor(key) for key in keys}
+        model = self._on_meta
+        config = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=model._get_dtype_plan(self.dtype),
+            weight_mapping=self._mapping,  # type: ignore[arg-type]
+        )
+        with _silent():
+            info, _ = convert_and_load_state_dict_in_model(model, found, config)
+        if info.mismatched_keys or info.error_msgs or info.conversion_errors:
+            raise ValueError(f"{self.path}: {_describe_faults(info)}")
+        loaded = {}
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            tensors = module._parameters if leaf in module._parameters else module._buffers
+            loaded[name] = tensors[leaf].detach()
+            tensors[leaf] = _forget(tensors[leaf])
+        return loaded
+
+    def find(self, parameter: nn.Parameter) -> str:
+        """The name of one of the model's parameters, by its memory, whatever it is called in a graph.
+
+        Raises:
+            ValueError: it is none of them.
+        """
+        if (name := self._places.get(find_place(parameter))) is None:
+            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is none of the tensors of {self.path}")
+        return name
+
+    def fill(self, parameters: Mapping[str, nn.Parameter], *, align: bool) -> None:
+        """Has parameters hold their values.
+
+        Args:
+            parameters: by their names, as :meth:`find` gives them.
+            align: whether memory begins where an allocation of torch would, so that sums are the same to the last bit.
+        """
+        for name, tensor in self.load(parameters).items():
+            parameters[name].data = tensor.clone() if align and tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def _forget(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _describe_faults(info: Any) -> str:
+    """What transformers stumbled over, in one line."""
+    faults = [
+        f"{name} has shape {tuple(found)}, the model expects {tuple(expected)}"
+        for name, found, expected in info.mismatched_keys
+    ]
+    faults += [f"{name}: {error}" for name, error in (info.conversion_errors or {}).items()]
+    return "; ".join([*faults, *map(str, info.error_msgs or ())][:3])
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Hides transformers' progress bar within a ``with`` block."""
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,135 @@
+"""A compressed-tensors checkpoint that is written part by part, each from its weights and qparams alone."""
+
+import copy
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fxmse.outputs.checkpoint import apply_config, check_untied, find_homes
+from fxmse.outputs.files import replace_file
+
+__all__ = ["Shards"]
+
+_INDEX = "model.safetensors.index.json"
+_AT_A_TIME = 1 << 25  # elements that are compressed at a time, of which compressors hold several int32 copies
+_BY_ROW = ("weight_scale", "weight_zero_point")
+_ROWS = 128  # of them, what is compressed at a time has a multiple: whole blocks, and words of packed zero points
+
+
+class Shards:
+    """Files of a model's tensors, of which the quantized ones are compressed by compressed-tensors.
+
+    Args:
+        model: a ``transformers.PreTrainedModel``, of whose parameters no value is read.
+        config: what it was quantized by.
+        sites: the names of all values that are quantized.
+        conversions: how the float model's files become its tensors, in transformers' terms: names and forms are turned
+            back to those.
+
+    Raises:
+        ValueError: tied parameters, or values that such a checkpoint has no place for.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: QuantizationConfig, sites: Iterable[str], conversions: Sequence[Any] = ()
+    ) -> None:
+        from compressed_tensors.compressors import ModelCompressor
+
+        sites = list(sites)
+        self.model: Any = _copy_on_meta(model)
+        apply_config(self.model, config, sites)
+        check_untied(self.model, sites)
+        self.model._weight_conversions = list(conversions) or None  # as from_pretrained leaves them
+        find_homes(self.model, {site: {} for site in sites})
+        self._compressor = ModelCompressor.from_pretrained_model(self.model)
+
+    def write(
+        self, tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Tensor | None]], path: Path
+    ) -> None:
+        """A file of some of the model's tensors, which is there whole or not at all.
+
+        Args:
+            tensors: by the model's names; of a quantized module all that it has.
+            sites: the qparams of each site of theirs.
+            path: of the file.
+
+        Raises:
+            ValueError: qparams that do not fit.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        found = dict(tensors)
+        for module_path, qparams in find_homes(self.model, sites).items():
+            module = self.model.get_submodule(module_path)
+            prefix = f"{module_path}." if module_path else ""
+            names = [name for name, _ in module.named_parameters(recurse=False) if prefix + name in found]
+            compressed = _compress(module, {name: found.pop(prefix + name) for name in names} | qparams)
+            found |= {prefix + name: tensor for name, tensor in compressed.items()}
+        found = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(self.model, found).items()}
+        with replace_file(path) as new:
+            save_file(found, new, metadata={"format": "pt"})
+
+    def write_index(self, folder: Path, files: Iterable[str]) -> None:
+        """What says which file of ``folder`` has which tensor, and the config."""
+        weight_map: dict[str, str] = {}
+        total = 0
+        for file in files:
+            with safe_open(folder / file, "pt") as opened:
+                weight_map |= dict.fromkeys(opened.keys(), file)
+            total += (folder / file).stat().st_size
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        config = self.model.config
+        config.architectures = [type(self.model).__name__]
+        config.save_pretrained(folder)
+        if self.model.can_generate() and self.model.generation_config is not None:
+            self.model.generation_config.save_pretrained(folder)
+        assert self._compressor.quantization_config is not None
+        self._compressor.quantization_config.quantization_status = QuantizationStatus.COMPRESSED
+        self._compressor.update_config(str(folder))
+
+
+def _copy_on_meta(model: nn.Module) -> Any:
+    """A copy of the modules, without the values of their parameters."""
+    memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def _compress(module: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a quantized module as compressed-tensors stores them.
+
+    Compressors hold several copies of a weight, of 4 bytes an element: large ones are compressed some rows at a time.
+    """
+    scheme = module.quantization_scheme
+    scheme.format = CompressionFormat(scheme.format or infer_module_format(type(module), scheme))
+    compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
+    if "weight" not in tensors:  # of attention, or where the weight was written with an earlier part
+        return compressor._remove_symmetric_zp(dict(tensors), scheme)
+    weight = tensors["weight"]
+    step = max(_AT_A_TIME // weight.shape[1:].numel() // _ROWS, 1) * _ROWS
+    if len(weight) <= step:
+        return compressor.compress(tensors, scheme)
+    height = scheme.weights.block_structure[0] if scheme.weights.strategy == "block" else 1
+    heights = {name: height for name in _BY_ROW if name in tensors and tensors[name].dim() > 1} | {"weight": 1}
+    cut = {name: height for name, height in heights.items() if len(tensors[name]) == -(-len(weight) // height)}
+    chunks = [
+        compressor.compress(
+            tensors
+            | {name: tensors[name][start // height : -(-(start + step) // height)] for name, height in cut.items()},
+            scheme,
+        )
+        for start in range(0, len(weight), step)
+    ]
+    joined = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0].keys() & {*cut, "weight_packed"}}
+    shape = {"weight_shape": torch.tensor(weight.shape)} if "weight_shape" in chunks[0] else {}
+    return chunks[0] | joined | shape

@@ -1,0 +1,211 @@
+"""From a folder of float weights to a compressed-tensors checkpoint, part by part."""
+
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from tqdm.auto import tqdm
+
+from fxmse.calibration.observing import check_batches, observe_batches
+from fxmse.capture.front_ends import split_inputs
+from fxmse.config import CONFIG_KEY, Config
+from fxmse.inputs.weights import Weights, load_skeleton
+from fxmse.outputs.checkpoint import check_replaceable, copy_tokenizer, read_sites
+from fxmse.outputs.shards import Shards
+from fxmse.passes.parts import Part, cut, make_entry
+from fxmse.passes.probe import find_probes
+from fxmse.passes.trimming import observes_activations
+from fxmse.pipeline import calibrate, convert, prepare
+from fxmse.streaming.activations import Activations
+from fxmse.streaming.fingerprints import describe_run, hash_batches
+from fxmse.streaming.work import Work
+
+__all__ = ["quantize_checkpoint"]
+
+_PART_SIZE = 1 << 29
+
+
+@torch.no_grad()
+def quantize_checkpoint(
+    folder: str | os.PathLike[str],
+    config: Config,
+    batches: Iterable[Any] = (),
+    *,
+    out: str | os.PathLike[str],
+    dynamic_shapes: Any = None,
+    dtype: torch.dtype | None = None,
+    part_size: int = _PART_SIZE,
+    propagate: str = "float",
+    resume: bool = True,
+    progress: bool = True,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Quantizes a model that need not fit into memory: from a Hugging Face folder to a compressed-tensors checkpoint.
+
+    The model is traced without its weights and cut into parts. Each reads its weights, is calibrated by all batches,
+    folded, compressed and written, and forgotten. The tensors are those of ``fxmse.quantize`` and
+    ``save_pretrained``, bit for bit. Memory holds one part's weights, one batch's activations, and not much else.
+
+    A run that ends early leaves what it has done in a hidden folder beside ``out``: the same call goes on from there.
+
+    Args:
+        folder: config.json and safetensors, in one file or several.
+        config: as for ``fxmse.prepare``.
+        batches: as for ``fxmse.calibrate``. They are run through only where activations are observed; what passes
+            between parts is kept in files beside ``out``.
+        out: the checkpoint's folder; a quantized checkpoint that is there is replaced once the new one is complete.
+        dynamic_shapes: as for ``fxmse.prepare``.
+        dtype: of the model; by default what transformers would load it in.
+        part_size: bytes of weights that a part has at most, where that can be: one weight is not cut, and layers that
+            share an observer are calibrated together.
+        propagate: what a part is calibrated on: "float", the values of the float model, or "quantized", those that the
+            quantized parts before it compute.
+        resume: go on with what an earlier call with the same arguments has done; otherwise that is removed.
+        progress: show a progress bar.
+        extra_files: the contents of more files for the checkpoint, by name.
+
+    Raises:
+        ValueError: as ``fxmse.quantize`` and ``save_pretrained``, where possible before the first weight is read;
+            weights that are missing; another process that writes the same folder; an unfinished run with other
+            arguments.
+    """
+    folder, out = Path(folder), Path(out)
+    if propagate not in ("float", "quantized"):
+        raise ValueError(f"propagate={propagate!r}: expected 'float' or 'quantized'")
+    check_batches(batches)
+    check_replaceable(out)
+    model, weights = load_skeleton(folder, dtype)
+    remaining = iter(batches)
+    first = list(itertools.islice(remaining, 1))
+    observed = prepare(model, config, first[0] if first else dict(model.dummy_inputs), dynamic_shapes=dynamic_shapes)
+    is_observed = observes_activations(observed)
+    if is_observed and not first:
+        raise ValueError("no batches: the config has values that data has to be shown to")
+    resolved = observed.meta[CONFIG_KEY]
+    sites = [site.name for _, probe in find_probes(observed) for site in probe.sites]
+    shards = Shards(model, resolved, sites, weights.conversions)
+    entry = make_entry(observed)
+    names = [node.name for node in observed.graph.find_nodes(op="placeholder")]
+    parts = cut(observed, part_size, weights.list_fused(model))
+    del observed
+    with Work(out) as work:
+        if not resume:
+            work.clear()
+        digest = hashlib.sha256()
+        if is_observed:
+            _enter(work, entry, names, hash_batches(itertools.chain(first, remaining), digest))
+        options = {"the part size": part_size, "the propagation": propagate, "the dtype": dtype}
+        work.resume(describe_run(folder, resolved, **options, **{"the data": digest.hexdigest()}))
+        run = _Run(work, weights, shards, parts, propagate if is_observed else "")
+        sizes = [run.count(number) for number in range(len(run.own))]
+        with tqdm(total=sum(sizes), desc="quantize", unit="B", unit_scale=True, disable=not progress) as bar:
+            for number, size in enumerate(sizes):
+                if number >= len(work.done):
+                    run.quantize(number)
+                bar.update(size)
+        shards.write_index(work.folder, [file for part in work.done for file in part["files"]])
+        copy_tokenizer(folder, work.folder)
+        for name, content in (extra_files or {}).items():
+            (work.folder / name).write_text(content)
+        work.finish()
+
+
+def _enter(work: Work, entry: GraphModule, names: list[str], batches: Iterable[Any]) -> None:
+    """Keeps what passes to the first part: the batches' values, by the names of the graph's inputs."""
+    work.activations.drop(0)
+    for number, batch in enumerate(batches):
+        args, kwargs = split_inputs(batch)
+        work.activations.write(0, number, dict(zip(names, entry(*args, **kwargs), strict=True)))
+
+
+class _Run:
+    """The parts of a model, and behind them what no part reads."""
+
+    def __init__(self, work: Work, weights: Weights, shards: Shards, parts: Sequence[Part], propagate: str) -> None:
+        self.work, self.weights, self.shards = work, weights, shards
+        self.parts: list[Part | None] = list(parts)
+        self.propagate = propagate
+        self._waiting = set(weights.names)
+        self.own = [self._take(part.graph_module) for part in parts]  # the names of what is written with each
+        self.own += [sorted(self._waiting)] if self._waiting else []
+
+    def _take(self, graph_module: GraphModule) -> list[str]:
+        names = set(self._list_parameters(graph_module)) & self._waiting
+        self._waiting -= names
+        return sorted(names)
+
+    def _list_parameters(self, graph_module: GraphModule) -> dict[str, nn.Parameter]:
+        return {self.weights.find(p): p for p in graph_module.parameters() if p.numel()}
+
+    def count(self, number: int) -> int:
+        """The bytes of the float tensors that are written with a part."""
+        return sum(self.weights.sizes[name] for name in self.own[number])
+
+    def quantize(self, number: int) -> None:
+        """Calibrates a part, writes what it has of the checkpoint, and forgets it."""
+        start = time.perf_counter()
+        loaded: dict[str, Tensor] = {}
+        sites: dict[str, dict[str, Tensor | None]] = {}
+        if number < len(self.parts):
+            loaded, sites = self._calibrate(number)
+        known = {site for part in self.work.done for site in part["sites"]}
+        sites = {site: qparams for site, qparams in sites.items() if site not in known}
+        loaded |= self.weights.load([name for name in self.own[number] if name not in loaded])
+        own = {name: loaded[name] for name in self.own[number]}
+        files = []
+        if own or sites:
+            files = [f"model-{number + 1:05}-of-{len(self.own):05}.safetensors"]
+            self.shards.write(own, sites, self.work.folder / files[0])
+        self.work.note({"sites": sorted(sites), "seconds": round(time.perf_counter() - start, 3)}, files, number + 1)
+
+    def _calibrate(self, number: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor | None]]]:
+        """The weights that a part reads, and the qparams of its sites; what later parts need is kept."""
+        part, self.parts[number] = self.parts[number], None  # its observers go with it
+        assert part
+        parameters = self._list_parameters(part.graph_module)
+        hollow = {name: parameter.data for name, parameter in parameters.items()}
+        observes = bool(self.propagate) and observes_activations(part.graph_module)
+        runs = bool(self.propagate) and (observes or bool(part.carried))
+        self.weights.fill(parameters, align=runs)
+        try:
+            feed = _Feed(self.work.activations, number, part)
+            on_outputs = feed.keep if self.propagate == "float" else None
+            has_probes = any(find_probes(part.graph_module))
+            if has_probes:
+                calibrate(part.graph_module, feed if runs else (), progress=False, on_outputs=on_outputs)
+            elif runs and on_outputs:
+                observe_batches(part.graph_module, feed, False, on_outputs)
+            quantized = convert(part.graph_module) if has_probes else part.graph_module
+            if runs and self.propagate == "quantized":
+                observe_batches(quantized, feed, False, feed.keep)
+            return {n: p.data for n, p in parameters.items()}, read_sites(quantized) if has_probes else {}
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = hollow[name]
+
+
+class _Feed:
+    """A part's inputs, batch by batch, as often as they are asked for; and what becomes of what it returns."""
+
+    def __init__(self, activations: Activations, number: int, part: Part) -> None:
+        self.activations, self.number, self.part = activations, number, part
+        self._values: dict[str, Any] = {}
+        self._batch = -1
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        for batch, values in enumerate(self.activations.read_all(self.number)):
+            self._batch, self._values = batch, values
+            yield tuple(self._values.get(name) for name in self.part.inputs)
+
+    def keep(self, outputs: tuple[Any, ...]) -> None:
+        """Keeps what passes to the next part: of this part's outputs, and of what passed to it."""
+        known = self._values | dict(zip(self.part.outputs, outputs, strict=True))
+        carried = {name: known[name] for name in self.part.carried}
+        self.activations.write(self.number + 1, self._batch, carried)

@@ -1,0 +1,234 @@
+"""Checkpoints that are written part by part: the bytes of those that are written at once, and nothing is lost."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from safetensors.torch import load_file, save_file
+
+import fxmse
+from fxmse.outputs.shards import Shards, _compress
+from fxmse.streaming.work import Work
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:targets and ignores that matched no module"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
+
+
+def make_config(scheme, **weights):
+    scheme = preset_name_to_scheme(scheme, ["Linear"])
+    scheme.weights = scheme.weights.model_copy(update=weights)
+    return QuantizationConfig(config_groups={"group": scheme}, ignore=["lm_head"])
+
+
+W4A16 = make_config("W4A16", group_size=32)
+
+
+def load_tensors(folder):
+    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def check_equal(found, expected):
+    """Whether two checkpoints hold the same, bit for bit."""
+    assert json.loads((found / "config.json").read_text()) == json.loads((expected / "config.json").read_text())
+    found, expected = load_tensors(found), load_tensors(expected)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def save_model(name, folder, dtype=torch.float32):
+    model = ARCHITECTURES[name].make_model().to(dtype)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    return type(model).from_pretrained(folder).eval()
+
+
+def make_batches(name):
+    return [ARCHITECTURES[name].make_inputs(2, seed) for seed in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "dtype"),
+    [
+        ("Llama", make_config("FP8"), torch.bfloat16),
+        ("Llama", make_config("NVFP4"), torch.float32),
+        ("BERT", make_config("W8A8"), torch.float32),
+        ("BERT", W4A16, torch.bfloat16),
+    ],
+    ids=["Llama FP8", "Llama NVFP4", "BERT W8A8", "BERT W4A16"],
+)
+@pytest.mark.filterwarnings("ignore:the model is torch.float32")
+def test_parts_are_written_as_the_whole(name, config, dtype, tmp_path):
+    model, batches = save_model(name, tmp_path / "float", dtype), make_batches(name)
+    fxmse.save_pretrained(fxmse.quantize(model, config, batches, progress=False), model, tmp_path / "whole")
+    out = tmp_path / "parts"
+    fxmse.quantize_checkpoint(tmp_path / "float", config, batches, out=out, part_size=1, progress=False)
+    check_equal(out, tmp_path / "whole")
+    assert len(list(out.glob("*.safetensors"))) > 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "parts", "whole"]
+
+
+def test_weights_alone_need_no_data(tmp_path):
+    model = save_model("Llama", tmp_path / "float")
+    quantized = fxmse.quantize(model, W4A16, [{"input_ids": torch.ones(1, 4, dtype=torch.long)}], progress=False)
+    fxmse.save_pretrained(quantized, model, tmp_path / "whole")
+
+    def fail():
+        pytest.fail("data was asked for")
+        yield
+
+    out = tmp_path / "parts"
+    fxmse.quantize_checkpoint(tmp_path / "float", W4A16, out=out, part_size=1, progress=False)
+    check_equal(out, tmp_path / "whole")
+    with pytest.raises(ValueError, match="no batches"):
+        fxmse.quantize_checkpoint(tmp_path / "float", make_config("FP8"), out=tmp_path / "static", progress=False)
+    assert not (tmp_path / "static").exists()
+
+
+@pytest.mark.parametrize("config", [W4A16, make_config("FP8")], ids=["weights", "activations"])
+def test_a_run_goes_on_where_it_ended(config, tmp_path, monkeypatch):
+    save_model("Llama", tmp_path / "float")
+    options = {"part_size": 1, "progress": False}
+    batches = make_batches("Llama")
+    fxmse.quantize_checkpoint(tmp_path / "float", config, batches, out=tmp_path / "uninterrupted", **options)
+    written, write = [], Shards.write
+
+    def write_three(shards, tensors, sites, path):
+        if len(written) % 4 == 3:
+            written.append(None)
+            raise KeyboardInterrupt
+        write(shards, tensors, sites, path)
+        written.append(path.name)
+
+    monkeypatch.setattr(Shards, "write", write_three)
+    out, num_runs = tmp_path / "out", 1
+    while True:
+        try:
+            fxmse.quantize_checkpoint(tmp_path / "float", config, batches, out=out, **options)
+            break
+        except KeyboardInterrupt:
+            assert not out.exists()
+            num_runs += 1
+    files = [name for name in written if name]
+    assert num_runs > 2
+    assert len(set(files)) == len(files)  # nothing was done twice
+    check_equal(out, tmp_path / "uninterrupted")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_what_cannot_be_gone_on_with_is_said(tmp_path, monkeypatch):
+    save_model("Llama", tmp_path / "float")
+    batches, out = make_batches("Llama"), tmp_path / "out"
+    config = make_config("FP8")
+
+    def quantize(batches=batches, **options):
+        fxmse.quantize_checkpoint(tmp_path / "float", config, batches, out=out, progress=False, **options)
+
+    note = Work.note
+
+    def note_two(work, *arguments):
+        if len(work.done) == 2:
+            raise KeyboardInterrupt
+        note(work, *arguments)
+
+    monkeypatch.setattr(Work, "note", note_two)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(part_size=1)
+    with pytest.raises(ValueError, match="something else as the data"):
+        quantize(batches[::-1], part_size=1)
+    with pytest.raises(ValueError, match="something else as the part size"):
+        quantize(part_size=2)
+    with Work(out), pytest.raises(ValueError, match="another process is writing"):
+        quantize(part_size=1)
+    (activations,) = (tmp_path / ".out.fxmse" / "activations").iterdir()
+    next(activations.iterdir()).write_bytes(b"")
+    with pytest.warns(UserWarning, match="starting anew"), pytest.raises(KeyboardInterrupt):
+        quantize(part_size=1)
+    record = tmp_path / ".out.fxmse" / "run.json"
+    record.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=re.escape(str(record))):
+        quantize(part_size=1)
+    monkeypatch.setattr(Work, "note", note)
+    quantize(part_size=1, resume=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "out"]
+
+
+def test_parts_can_be_calibrated_on_what_quantized_ones_compute(tmp_path):
+    """The second layer's input is that of a model whose first layer is quantized."""
+    model, batches = save_model("Llama", tmp_path / "float"), make_batches("Llama")
+    config = make_config("FP8")
+    quantize = {"config": config, "batches": batches, "part_size": 1, "progress": False}
+    for propagate in ("float", "quantized"):
+        fxmse.quantize_checkpoint(tmp_path / "float", out=tmp_path / propagate, propagate=propagate, **quantize)
+    name = "model.layers.0.mlp.down_proj.input_scale"
+    found = load_tensors(tmp_path / "quantized")
+    before = {n: t for n, t in found.items() if n.endswith("scale") and "mlp.down_proj.input" not in n}
+    folded = fxmse.quantize(model, config, batches, progress=False)
+    state = folded.state_dict()
+    for scale, tensor in before.items():
+        state[scale].copy_(tensor)
+    folded.load_state_dict(state)
+    node = next(n for n in folded.graph.nodes if n.name == "model_layers_0_mlp_down_proj_input_fake_quant")
+    expected = max(_run_to(folded, node.args[0], batch).abs().max() for batch in batches) / 448
+    different = load_tensors(tmp_path / "float")[name]
+    assert abs(found[name].item() / expected - 1) < 0.3  # the least squared error clips a little
+    assert not torch.equal(found[name], different)
+
+
+def _run_to(graph_module, node, batch):
+    values = {}
+
+    class Interpreter(torch.fx.Interpreter):
+        def run_node(self, n):
+            values[n] = super().run_node(n)
+            return values[n]
+
+    Interpreter(graph_module).run(*batch.values())
+    return values[node]
+
+
+def test_a_folder_that_lacks_tensors_is_refused(tmp_path):
+    save_model("Llama", tmp_path / "float")
+    file = next((tmp_path / "float").glob("*.safetensors"))
+    tensors = load_file(file)
+    name, tensor = tensors.popitem()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="names tensors that no file has"):
+        fxmse.quantize_checkpoint(tmp_path / "float", W4A16, out=tmp_path / "out")
+    index = tmp_path / "float" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"lacks {re.escape(name)}"):
+        fxmse.quantize_checkpoint(tmp_path / "float", W4A16, out=tmp_path / "out")
+    save_file({**tensors, name: torch.cat([tensor, tensor])}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(name)):
+        fxmse.quantize_checkpoint(tmp_path / "float", W4A16, out=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A8", "FP8_BLOCK", "NVFP4", "MXFP4"])
+def test_large_weights_are_compressed_by_rows(scheme, monkeypatch):
+    from compressed_tensors.quantization import initialize_module_for_quantization
+
+    module = torch.nn.Linear(256, 300, bias=False)
+    args = preset_name_to_scheme(scheme, ["Linear"])
+    initialize_module_for_quantization(module, args)
+    weight = module.weight.detach()
+    qparams = {n: p.detach() for n, p in module.named_parameters() if n.startswith("weight_")}
+    for name, tensor in qparams.items():
+        qparams[name] = tensor.copy_(torch.rand(tensor.shape) * 0.01 + 0.01 if tensor.is_floating_point() else 1)
+    tensors = {"weight": weight, **qparams}
+    expected = _compress(module, dict(tensors))
+    monkeypatch.setattr("fxmse.outputs.shards._AT_A_TIME", 128 * 256)
+    found = _compress(module, dict(tensors))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
