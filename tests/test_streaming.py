@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import fxmse
 from fxmse.outputs.shards import Shards, _compress
+from fxmse.passes.probe import find_probes
 from fxmse.streaming.work import Work
 
 pytestmark = [
@@ -146,8 +148,7 @@ def test_what_cannot_be_gone_on_with_is_said(tmp_path, monkeypatch):
         quantize(part_size=2)
     with Work(out), pytest.raises(ValueError, match="another process is writing"):
         quantize(part_size=1)
-    (activations,) = (tmp_path / ".out.fxmse" / "activations").iterdir()
-    next(activations.iterdir()).write_bytes(b"")
+    (tmp_path / ".out.fxmse" / "activations" / "00002" / "00000000.pt").write_bytes(b"")
     with pytest.warns(UserWarning, match="starting anew"), pytest.raises(KeyboardInterrupt):
         quantize(part_size=1)
     record = tmp_path / ".out.fxmse" / "run.json"
@@ -165,18 +166,20 @@ def test_parts_can_be_calibrated_on_what_quantized_ones_compute(tmp_path):
     config = make_config("FP8")
     quantize = {"config": config, "batches": batches, "part_size": 1, "progress": False}
     for propagate in ("float", "quantized"):
-        fxmse.quantize_checkpoint(tmp_path / "float", out=tmp_path / propagate, propagate=propagate, **quantize)
+        out = tmp_path / f"on {propagate}"
+        fxmse.quantize_checkpoint(tmp_path / "float", out=out, propagate=propagate, **quantize)
     name = "model.layers.0.mlp.down_proj.input_scale"
-    found = load_tensors(tmp_path / "quantized")
+    found = load_tensors(tmp_path / "on quantized")
     before = {n: t for n, t in found.items() if n.endswith("scale") and "mlp.down_proj.input" not in n}
     folded = fxmse.quantize(model, config, batches, progress=False)
     state = folded.state_dict()
     for scale, tensor in before.items():
-        state[scale].copy_(tensor)
+        if scale in state:  # a value of several linears has the first one's name
+            state[scale].copy_(tensor.reshape(state[scale].shape))
     folded.load_state_dict(state)
     node = next(n for n in folded.graph.nodes if n.name == "model_layers_0_mlp_down_proj_input_fake_quant")
     expected = max(_run_to(folded, node.args[0], batch).abs().max() for batch in batches) / 448
-    different = load_tensors(tmp_path / "float")[name]
+    different = load_tensors(tmp_path / "on float")[name]
     assert abs(found[name].item() / expected - 1) < 0.3  # the least squared error clips a little
     assert not torch.equal(found[name], different)
 
@@ -191,6 +194,27 @@ def _run_to(graph_module, node, batch):
 
     Interpreter(graph_module).run(*batch.values())
     return values[node]
+
+
+def test_space_is_looked_for_first(tmp_path, monkeypatch):
+    save_model("Llama", tmp_path / "float")
+    Usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 100_000))
+    with pytest.raises(ValueError, match=r"the checkpoint takes \d+ MB .* 0 MB are free"):
+        fxmse.quantize_checkpoint(tmp_path / "float", W4A16, out=tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]
+
+
+def test_what_it_takes_is_known_before(tmp_path):
+    model = save_model("Llama", tmp_path / "float")
+    for scheme in ("W4A16_ASYM", "NVFP4", "FP8"):
+        config = make_config(scheme, **{"group_size": 32} if scheme == "W4A16_ASYM" else {})
+        observed = fxmse.prepare(model, config, make_batches("Llama")[0])
+        sites = [site.name for _, probe in find_probes(observed) for site in probe.sites]
+        out = tmp_path / scheme
+        fxmse.quantize_checkpoint(tmp_path / "float", config, make_batches("Llama"), out=out, progress=False)
+        expected = sum(tensor.nbytes for tensor in load_tensors(out).values())
+        assert expected <= Shards(model, config, sites).measure() <= 1.01 * expected
 
 
 def test_a_folder_that_lacks_tensors_is_refused(tmp_path):

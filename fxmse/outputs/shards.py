@@ -10,7 +10,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -52,6 +52,20 @@ class Shards:
         self.model._weight_conversions = list(conversions) or None  # as from_pretrained leaves them
         find_homes(self.model, {site: {} for site in sites})
         self._compressor = ModelCompressor.from_pretrained_model(self.model)
+
+    def measure(self) -> int:
+        """The bytes of all tensors of the checkpoint, or a little more: zero points before they are packed."""
+        total, quantized = 0, set()
+        for module in self.model.modules():
+            own = dict(module.named_parameters(recurse=False))
+            if isinstance(getattr(module, "quantization_scheme", None), QuantizationScheme):
+                quantized |= {id(tensor) for tensor in own.values()}
+                total += sum(tensor.nbytes for tensor in _compress(module, own).values())
+        rest = [*self.model.parameters(), *(self.model.get_buffer(name) for name in self._list_buffers())]
+        return total + sum(tensor.nbytes for tensor in rest if id(tensor) not in quantized)
+
+    def _list_buffers(self) -> list[str]:
+        return [name for name in self.model.state_dict() if name in dict(self.model.named_buffers())]
 
     def write(
         self, tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Tensor | None]], path: Path

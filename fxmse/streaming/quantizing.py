@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -95,6 +96,7 @@ def quantize_checkpoint(
     names = [node.name for node in observed.graph.find_nodes(op="placeholder")]
     parts = cut(observed, part_size, weights.list_fused(model))
     del observed
+    _check_space(out, shards.measure())
     with Work(out) as work:
         if not resume:
             work.clear()
@@ -115,6 +117,13 @@ def quantize_checkpoint(
         for name, content in (extra_files or {}).items():
             (work.folder / name).write_text(content)
         work.finish()
+
+
+def _check_space(out: Path, needed: int) -> None:
+    """Raises ValueError where a checkpoint does not fit onto its disk."""
+    free = shutil.disk_usage(out.absolute().parent).free
+    if needed > free:
+        raise ValueError(f"{out}: the checkpoint takes {needed >> 20} MB on a disk of which {free >> 20} MB are free")
 
 
 def _enter(work: Work, entry: GraphModule, names: list[str], batches: Iterable[Any]) -> None:
@@ -174,6 +183,7 @@ class _Run:
         observes = bool(self.propagate) and observes_activations(part.graph_module)
         runs = bool(self.propagate) and (observes or bool(part.carried))
         self.weights.fill(parameters, align=runs)
+        self.work.activations.drop(number + 1)  # of a run that was ended
         try:
             feed = _Feed(self.work.activations, number, part)
             on_outputs = feed.keep if self.propagate == "float" else None
