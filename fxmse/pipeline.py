@@ -127,6 +127,7 @@ def calibrate(
     return observed
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def convert(
     observed: GraphModule, *, group: "ProcessGroup | None" = None, timeout: timedelta = timedelta(minutes=30)
