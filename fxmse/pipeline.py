@@ -99,8 +99,8 @@ def calibrate(
         ValueError: no batches where there are activations to observe; an empty batch; a graph that computes as in
             training mode; a default dtype other than float32; NaN or Inf in a weight or an activation. It names the
             sites, and the observers are as they were before that weight or batch, so that calibration can go on with
-            the next. With ``group``, those of activations are as they were before this
-            call, on every rank, after any error. Or the ranks' graphs or states differ; it names the first difference.
+            the next. With ``group``, those of activations are as they were before this call, on every rank, after any
+            error. Or the ranks' graphs or states differ; it names the first difference.
         RuntimeError: another rank failed, with its number and what it said; or its process ended, or did not answer
             in time.
     """

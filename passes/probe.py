@@ -32,13 +32,11 @@ class _Seen:
     """The weight that was observed.
 
     Attributes:
-        place: where it lay, and which version of it that was.
-        fingerprint: of what it held; None for no weight.
-        facts: its shape and dtype, in words.
+        place: where it lay, and which version of it that was; None where nothing says.
+        facts: its shape, its dtype and what it held, in words; empty for no weight.
     """
 
     place: tuple[int, int] | None = None
-    fingerprint: int | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -158,7 +156,7 @@ class Probe(Described):
             return False
         if self._seen is None:
             self.remember(weight)
-        elif self._seen.fingerprint is None or self._seen.fingerprint != find_fingerprint(weight):
+        elif not self._seen.facts or self._seen.facts != _describe_weight(weight):
             return False
         else:
             self._seen = replace(self._seen, place=self._find_place(weight))
@@ -166,8 +164,9 @@ class Probe(Described):
 
     def remember(self, weight: Tensor) -> None:
         """Takes what was observed for that of the weight and its inputs as they are now."""
-        facts = {"shape": str(tuple(weight.shape)), "dtype": str(weight.dtype)}
-        self._seen, self._inputs_seen = _Seen(self._find_place(weight), find_fingerprint(weight), facts), self._sums
+        facts = _describe_weight(weight)
+        seen = facts if _FINGERPRINT in facts else {}
+        self._seen, self._inputs_seen = _Seen(self._find_place(weight), seen), self._sums
 
     def forget(self) -> None:
         """Has the weight be observed anew where it is seen next."""
@@ -196,9 +195,7 @@ class Probe(Described):
         """The weight that was observed: its shape, its dtype and what it holds; of an activation nothing."""
         if not self.is_weight or self.observer is None or not self.observer.has_statistics or self._seen is None:
             return {}
-        if self._seen.fingerprint is None:
-            return {_FINGERPRINT: _UNKNOWN}
-        return {**self._seen.facts, _FINGERPRINT: f"{self._seen.fingerprint:016x}"}
+        return dict(self._seen.facts) or {_FINGERPRINT: _UNKNOWN}
 
     def find_difference(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
         """None: a probe does not know its weight; :meth:`compare_weight` does."""
@@ -215,28 +212,26 @@ class Probe(Described):
             weight: as it is now.
             is_loaded: whether the state dict has the weight's values, too.
         """
-        facts = self.read_facts(state_dict, prefix)
-        here = {"shape": str(tuple(weight.shape)), "dtype": str(weight.dtype)}
-        if (
-            not is_loaded
-            and facts.get(_FINGERPRINT, _UNKNOWN) != _UNKNOWN
-            and (own := find_fingerprint(weight)) is not None
-        ):
-            here[_FINGERPRINT] = f"{own:016x}"
-        return self._compare(facts, here)
+        there, here = self.read_facts(state_dict, prefix), _describe_weight(weight)
+        if is_loaded or there.get(_FINGERPRINT) == _UNKNOWN:
+            here.pop(_FINGERPRINT, None)
+        return self._compare(there, here)
 
     def _make_room(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         facts = self.read_facts(state_dict, prefix)
-        fingerprint = facts.pop(_FINGERPRINT, None)
-        self._seen, self._inputs_seen = _Seen(), None
-        if fingerprint is None:
-            self._seen = None
-        elif fingerprint != _UNKNOWN:
-            self._seen = _Seen(None, int(fingerprint, 16), facts)
+        is_unknown = facts.get(_FINGERPRINT) == _UNKNOWN
+        self._seen, self._inputs_seen = _Seen(facts={} if is_unknown else facts) if facts else None, None
 
     def extra_repr(self) -> str:
         """What the probe looks at."""
         return self.name
+
+
+def _describe_weight(weight: Tensor) -> dict[str, str]:
+    """Its shape, its dtype and, where it has values, their fingerprint."""
+    facts = {"shape": str(tuple(weight.shape)), "dtype": str(weight.dtype)}
+    fingerprint = find_fingerprint(weight)
+    return facts if fingerprint is None else {**facts, _FINGERPRINT: str(fingerprint)}
 
 
 def _find_called(graph_module: GraphModule, node: object) -> nn.Module | None:

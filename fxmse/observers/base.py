@@ -111,7 +111,7 @@ class Observer(Stateful[State], RegistryMixin):
 
     def _find_registered_name(self) -> str:
         own = type(self)
-        names = (name for name in own.registered_names() if own.get_value_from_registry(name) is own)
+        names = (name for name in Observer.registered_names() if Observer.get_value_from_registry(name) is own)
         return next(names, own.__name__).replace("-", "_")  # the registry's spelling
 
     def forward(self, value: Tensor) -> "Observer":

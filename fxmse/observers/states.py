@@ -17,6 +17,11 @@ from fxmse.search.tiles import Range
 __all__ = ["Described", "Lock", "State", "Stateful", "hold", "plain_modes", "refuse_differences", "without_autocast"]
 
 _EXTRA = "_extra_state"  # torch's key of what a state dict has beside parameters and buffers
+_NUM_SHOWN = 8  # differences that an error names
+_UNDESCRIBED = (
+    "the state does not say which formats, observers and weights it is of, as states did not always: it is taken for "
+    "one of this calibration"
+)
 
 
 class State(NamedTuple):
@@ -222,20 +227,16 @@ class Described(nn.Module):
         if prefix + _EXTRA in missing_keys:
             missing_keys.remove(prefix + _EXTRA)
             if self.has_statistics and self.describe():
-                warnings.warn(
-                    f"{self.name}: the state does not say which format and observer it is of, and is taken for one of "
-                    f"these: {self.describe()}",
-                    UserWarning,
-                    stacklevel=2,
-                )
+                warnings.warn(_UNDESCRIBED, UserWarning, stacklevel=2)
 
 
 def refuse_differences(found: Iterable[str | None]) -> None:
     """Raises ValueError where any of what :meth:`Described.find_difference` has found is one."""
     if differences := [difference for difference in found if difference]:
+        shown, rest = "; ".join(differences[:_NUM_SHOWN]), len(differences) - _NUM_SHOWN
         raise ValueError(
-            f"the state is of another calibration: {'; '.join(differences)}. Nothing was loaded: prepare the graph as "
-            "the one that was saved, or calibrate anew"
+            f"the state is of another calibration: {shown}{f'; and {rest} more' if rest > 0 else ''}. Nothing was "
+            "loaded: prepare the graph as the one that was saved, or calibrate anew"
         )
 
 
