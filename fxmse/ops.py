@@ -178,7 +178,7 @@ def is_fake_quantize(node: Node) -> bool:
 @torch.library.custom_op("fxmse::measure", mutates_args=())
 def _measure(value: Tensor, global_scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
     """The range of each group, by the observer that ``spec`` describes (:mod:`fxmse.observers.searches`)."""
-    return load_search(spec).measure(value, global_scale)
+    return load_search(spec).search(value, global_scale)
 
 
 @_measure.register_fake
@@ -190,7 +190,7 @@ def _(value: Tensor, global_scale: Tensor | None, spec: str) -> tuple[Tensor, Te
 @torch.library.custom_op("fxmse::measure_global", mutates_args=())
 def _measure_global(value: Tensor, spec: str) -> tuple[Tensor, Tensor]:
     """The range, shape (1,), that the global scale follows from, by the observer that ``spec`` describes."""
-    return load_search(spec).measure_global(value)
+    return load_search(spec).search_global(value)
 
 
 @_measure_global.register_fake

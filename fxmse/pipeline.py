@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from fxmse.calibration.merging import agree_on_weights, check_alike, describe, merge_states, share_searches
 from fxmse.calibration.observing import check_batches, get_probes, observe_batches, observe_weights
 from fxmse.calibration.ranks import Ranks, check_group
+from fxmse.capture.evaluation import refuse_training
 from fxmse.capture.front_ends import capture, copy_graph_module
 from fxmse.config import Config
 from fxmse.passes import FoldBatchNorm, FoldFakeQuant, InsertObservers
@@ -95,14 +96,16 @@ def calibrate(
         ``observed``.
 
     Raises:
-        ValueError: no batches where there are activations to observe; an empty batch; NaN or Inf in a weight or an
-            activation. It names the sites, and the observers are as they were before that weight or batch, so that
-            calibration can go on with the next. With ``group``, those of activations are as they were before this
-            call, on every rank, after any error. Or the ranks' graphs or states differ; it names the first difference.
+        ValueError: no batches where there are activations to observe; an empty batch; a graph that computes as in
+            training mode; a default dtype other than float32; NaN or Inf in a weight or an activation. It names the
+            sites, and the observers are as they were before that weight or batch, so that calibration can go on with
+            the next. With ``group``, those of activations are as they were before this call, on every rank, after any
+            error. Or the ranks' graphs or states differ; it names the first difference.
         RuntimeError: another rank failed, with its number and what it said; or its process ended, or did not answer
             in time.
     """
     check_batches(batches)
+    refuse_training(observed, "Make the observed graph with fxmse.prepare, or trace the model after model.eval()")
     group = check_group(group)
     is_shown = progress and (group is None or group.rank() == 0)
     bar = tqdm(batches, desc="calibrate", unit="batch", disable=not is_shown)
@@ -127,6 +130,7 @@ def calibrate(
     return observed
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def convert(
     observed: GraphModule, *, group: "ProcessGroup | None" = None, timeout: timedelta = timedelta(minutes=30)

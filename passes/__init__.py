@@ -8,6 +8,7 @@ What they share, and what they put into a graph:
 - ``op_names``: the name that an op goes by.
 - ``versions``: which version of a value a node reads, where graphs write in place.
 - ``constants``: values that follow from parameters alone, as weights do.
+- ``loading``: a state dict is checked before anything of it is loaded.
 - ``finishing``: weights that wait for all data, and global scales that are shared.
 
 What they look for in a graph:

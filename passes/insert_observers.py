@@ -24,6 +24,7 @@ from fxmse.passes.functionalize_modules import FunctionalizeModules
 from fxmse.passes.inline_regions import InlineRegions
 from fxmse.passes.input_nodes import Meeting, insert_input_nodes
 from fxmse.passes.joins import JOINS, find_joined_values
+from fxmse.passes.loading import register_check
 from fxmse.passes.naming import Names
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
 from fxmse.passes.operation import Weight
@@ -62,7 +63,8 @@ class InsertObservers(GraphPass):
     9. A weight whose observer asks for it (``imatrix_mse``, ``output_mse``) gets a node on the values that its op
        reads, which shows them to what is kept of them; weights that read the same values share it.
 
-    The observed graph computes what it computed before, bit for bit.
+    The observed graph computes what it computed before, bit for bit. It loads no state of another calibration
+    (:mod:`fxmse.passes.loading`).
 
     Attributes:
         config: which modules get which scheme, as :func:`fxmse.config.resolve_config` takes it.
@@ -106,6 +108,7 @@ class InsertObservers(GraphPass):
             insert_input_nodes(_list_meetings(plan), order)
         finally:
             CloseRegions()(graph_module)
+        register_check(graph_module)
         graph_module.meta[CONFIG_KEY] = config
         graph_module.meta.pop(MODULES_KEY, None)
         return modified or bool(plan)

@@ -14,6 +14,7 @@ from fxmse.capture.attributes import list_graphs
 from fxmse.capture.front_ends import split_inputs
 from fxmse.observers.base import describe_non_finite
 from fxmse.observers.inputs import Inputs
+from fxmse.observers.states import hold
 from fxmse.ops import is_fake_quantize
 from fxmse.passes.open_regions import find_open
 from fxmse.passes.probe import Probe, find_inputs, find_probes
@@ -44,8 +45,12 @@ def observe_weights(weights: Mapping[Probe, Tensor]) -> None:
         raise ValueError(
             f"{', '.join(on_meta)} on the meta device, without values: load the weights before the calibration"
         )
-    probes = {probe.name: probe for probe in weights}
-    observe_or_roll_back(probes, "the weights", lambda: [probe(rows) for probe, rows in weights.items()])
+    with hold(probe.lock for probe in weights):
+        unknown = {probe: rows for probe, rows in weights.items() if not probe.knows(rows)}
+        for probe in unknown:
+            probe.forget()
+        probes = {probe.name: probe for probe in unknown}
+        observe_or_roll_back(probes, "the weights", lambda: [probe(rows) for probe, rows in unknown.items()])
 
 
 def observe_batches(observed: GraphModule, batches: Iterable[Any], compile: bool) -> int:
@@ -56,7 +61,8 @@ def observe_batches(observed: GraphModule, batches: Iterable[Any], compile: bool
     is_whole = not find_open(observed)
     compiled = torch.compile(observed, fullgraph=is_whole, dynamic=True) if compile else observed
     count = 0
-    with own_buffers(observed):
+    # Another thread's values come before or after all of these.
+    with hold(watcher.lock for watcher in watchers.values()), own_buffers(observed):
         for count, batch in enumerate(batches, 1):
             args, kwargs = split_inputs(batch)
             if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves((args, kwargs))):
@@ -75,13 +81,14 @@ def observe_or_roll_back(
     uncompiled: Callable[[], object] | None = None,
 ) -> None:
     """Calls ``run``; whatever goes wrong, the states of ``watchers`` are as they were before."""
-    before = {name: watcher.state for name, watcher in watchers.items()}
-    try:
-        run()
-        _check_finite(watchers, before, what, uncompiled or run)
-    except BaseException:
-        _restore(watchers, before)
-        raise
+    with hold(watcher.lock for watcher in watchers.values()):
+        before = {name: watcher.state for name, watcher in watchers.items()}
+        try:
+            run()
+            _check_finite(watchers, before, what, uncompiled or run)
+        except BaseException:
+            _restore(watchers, before)
+            raise
 
 
 def _restore(watchers: Mapping[str, Probe | Inputs], states: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from fxmse.observers.averages import AverageOptions, AveragingObserver
 from fxmse.observers.base import Observer
 from fxmse.observers.searches import describe_search
 from fxmse.observers.states import State
+from fxmse.search.compiling import is_traced
 from fxmse.search.options import SearchOptions
 from fxmse.search.shrinking import shrink_global_range, shrink_ranges
 from fxmse.search.tiles import Range
@@ -86,8 +87,12 @@ class MSEObserver(Observer):
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The best range of each of the value's groups."""
-        if torch.compiler.is_compiling() and not self.needs_inputs:
+        if is_traced(value) and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure(value, global_scale, self._spec))
+        return self.search(value, global_scale)
+
+    def search(self, value: Tensor, global_scale: Tensor | None) -> Range:
+        """:meth:`measure`, which is never a node of a graph."""
         options = self.options
         if self.global_scale is None and global_scale is not None and not options.optimize_global_scale:
             options = replace(options, patience=len(options.factors))
@@ -96,8 +101,12 @@ class MSEObserver(Observer):
 
     def measure_global(self, value: Tensor) -> Range:
         """The range that the value's global scale follows from."""
-        if torch.compiler.is_compiling() and not self.needs_inputs:
+        if is_traced(value) and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure_global(value, self._spec))
+        return self.search_global(value)
+
+    def search_global(self, value: Tensor) -> Range:
+        """:meth:`measure_global`, which is never a node of a graph."""
         if self.options.optimize_global_scale:
             layout = self.layout.as_one_group()
             return shrink_ranges(value, self.format, layout, self.options, optimize_global_scale=True)
