@@ -69,9 +69,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: as :func:`read_text`; what is no JSON, or no object.
     """
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(text)
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {quote(content)}: expected a JSON object")

@@ -5,6 +5,7 @@
 - ``program_json``: what a program may say.
 - ``tensors``: files of torch.save.
 - ``programs``: .pt2 files, of which no code is run.
+- ``folders``: checkpoints' folders, from which nothing leads elsewhere.
 - ``models``: Hugging Face folders and .pt2 files.
 - ``data``: calibration data: tensors, texts, images.
 - ``qparams``: the qparams of a compressed-tensors checkpoint.

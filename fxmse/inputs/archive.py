@@ -37,7 +37,7 @@ def map_file(path: Path) -> memoryview:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def read_members(content: memoryview | bytes, name: str) -> dict[str, memoryview]:
+def read_members(content: memoryview | bytes, name: str, kind: str) -> dict[str, memoryview]:
     """The members of an archive, as views of it.
 
     torch compresses nothing, so that an archive's members are never more than the archive itself: those that are, by
@@ -46,6 +46,7 @@ def read_members(content: memoryview | bytes, name: str) -> dict[str, memoryview
     Args:
         content: the archive.
         name: what it is called in messages.
+        kind: what it should be, in messages.
 
     Raises:
         ValueError: what is no zip archive, or is cut off; what torch does not write: compression, encryption, a member
@@ -56,7 +57,7 @@ def read_members(content: memoryview | bytes, name: str) -> dict[str, memoryview
         with zipfile.ZipFile(_open(view)) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
-        raise ValueError(f"{name} cannot be read as a zip archive: {error}") from None
+        raise ValueError(f"{name} cannot be read as {kind}: {error}") from None
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & _IS_ENCRYPTED for entry in entries):
         raise ValueError(f"{name} is compressed or encrypted, which torch.save and torch.export.save never do")
     if sum(entry.file_size for entry in entries) > len(view):

@@ -43,7 +43,7 @@ def load_program(path: str | os.PathLike[str]) -> tuple[ExportedProgram, dict[st
             write of tensors and operators (:func:`fxmse.inputs.program_json.clean_program`).
     """
     path = Path(path)
-    members = read_members(map_file(path), str(path))
+    members = read_members(map_file(path), str(path), "a .pt2")
     if _PROGRAM not in members:
         raise ValueError(f"{path} is no .pt2 of torch.export: it holds {', '.join(list(members)[:3])}, ...")
     checked = join(_check_members(path, members))

@@ -15,6 +15,7 @@ __all__ = ["load_tensors", "rewrite_tensors"]
 
 # What torch makes tensors by. Its own list has bytearray and sets in it, which make of a number as many bytes.
 _MODULES = ("torch", "torch._utils", "torch._tensor", "torch.storage", "torch.serialization", "torch.nn.parameter")
+_KIND = "tensors alone"
 _OTHERS = ("collections OrderedDict",)
 
 
@@ -25,16 +26,18 @@ def rewrite_tensors(content: memoryview | bytes, name: str) -> io.RawIOBase:
         ValueError: no archive of torch.save (:func:`fxmse.inputs.archive.read_members`); pickled objects that are not
             tensors.
     """
-    members = read_members(content, name)
+    members = read_members(content, name, _KIND)
     if "data.pkl" not in members:
-        raise ValueError(f"{name} is no file of torch.save, but of {', '.join(list(members)[:3])}, ...")
+        raise ValueError(f"{name} cannot be read as {_KIND}: it holds {', '.join(list(members)[:3])}, ...")
     try:
         needed = list(_list_globals(bytes(members["data.pkl"])))
     except Exception as error:  # pickletools raises many of what is none
-        raise ValueError(f"{name} cannot be unpickled: {error}") from None
+        raise ValueError(f"{name} cannot be read as {_KIND}: {error}") from None
     foreign = [needs for needs in needed if needs.partition(" ")[0] not in _MODULES and needs not in _OTHERS]
     if foreign:
-        raise ValueError(f"{name} has pickled objects in it ({foreign[0]}), which may run code: save tensors alone")
+        raise ValueError(
+            f"{name} cannot be read as {_KIND}: it has pickled objects ({foreign[0]}), which may run code: save tensors"
+        )
     return join(members)
 
 
@@ -59,7 +62,7 @@ def load_tensors(content: memoryview | bytes, name: str) -> Any:
         found = torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
     except Exception as error:  # its unpickler and zip reader raise many
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{name} cannot be read as tensors alone (torch.load, weights_only): {reason}") from None
+        raise ValueError(f"{name} cannot be read as {_KIND} (torch.load, weights_only): {reason}") from None
     check_nesting(found, name)
     storages = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in _list_tensors(found)}
     if sum(storages.values()) > len(content):
