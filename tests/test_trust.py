@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import time
 import warnings
@@ -88,6 +89,17 @@ def find_error(call):
     return None
 
 
+@contextlib.contextmanager
+def bounded_files():
+    """No file may grow beyond a gigabyte: a copy of what was attacked would fill the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**30, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def read_with(path, model_folder=None):
     return read_batches(path, batch_size=2, max_length=8, model_folder=model_folder)
 
@@ -139,7 +151,8 @@ def test_a_file_runs_nothing_and_is_named(originals, observed, tmp_path, entry, 
     path.parent.mkdir(exist_ok=True)
     ATTACKS[attack](path, ran)
     start = time.monotonic()
-    error = find_error(lambda: read(path, originals, observed))
+    with bounded_files():
+        error = find_error(lambda: read(path, originals, observed))
     if error is None:
         assert entry in TAKE_ANYTHING or attack == "two directories", "read as if it were right"
     else:

@@ -23,10 +23,12 @@ from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
 from fxmse.outputs.files import replace_folder
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
-from fxmse.reading import check_link, read_json
+from fxmse.reading import check_file, check_link, read_json
 
 __all__ = ["check_replaceable", "save_pretrained"]
 
+_TOKENIZER_LIMIT = 2**30
+"""Bytes of a file: a sparse one is copied with all its zeros."""
 # What belongs to a tokenizer or processor, in the folder that a model was loaded from.
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -203,4 +205,5 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
                 check_link(file, source)
+                check_file(file, _TOKENIZER_LIMIT)
                 shutil.copyfile(file, folder / file.name)
