@@ -27,7 +27,12 @@ _FUNCTIONS = {
     *("CeilToInt", "FloorToInt", "TruncToInt", "RoundToInt", "ToFloat", "TruncToFloat", "FloatTrueDiv", "IntTrueDiv"),
     "IsNonOverlappingAndDenseIndicator",
 }
-_GUARD_FUNCTIONS = {*_FUNCTIONS, "max", "min", "abs", "int", "float"}
+# torch.utils._sympy.printers.PythonPrinter's, which guards are written by.
+_GUARD_FUNCTIONS = {
+    *(*_FUNCTIONS, "max", "min", "abs", "int", "float", "round", "torch.sym_float", "torch.sym_ite", "torch.sym_int"),
+    *("torch.sym_max", "torch.sym_min", "torch.sym_not", "torch._sym_sqrt"),
+    *(f"math.{name}" for name in ("trunc", "floor", "ceil", "sqrt", "fabs", "isnan")),
+}
 _KEYWORDS = {"integer", "positive", "nonnegative", "nonzero", "negative", "real", "precision"}
 _NAMES = {"true", "false", "oo", "inf", "int_oo"}
 _OPERATORS = (
@@ -106,8 +111,9 @@ class _Checker:
                 return [left, *others], 1
             case ast.Call(func=ast.Name(id="Pow" | "PowByNatural" | "FloatPow"), args=[base, exponent], keywords=[]):
                 return [base], _read_exponent(exponent)
-            case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in self._functions:
-                return args, 1
+            case ast.Call(func=ast.Name() | ast.Attribute(value=ast.Name()) as name, args=args, keywords=[]):
+                if ast.unparse(name) in self._functions:
+                    return args, 1
         raise _NotArithmeticError
 
 
