@@ -3,6 +3,8 @@
 Each attack writes one file, whatever the file is to be read as. What it runs touches a file called "ran" beside it.
 """
 
+import functools
+import io
 import json
 import os
 import struct
@@ -146,6 +148,12 @@ def _shared_members(path: Path, ran: Path) -> None:
 
 def make_program(path: Path) -> Path:
     """A program of dynamic shapes, with guards, weights and sample inputs."""
+    path.write_bytes(_export())
+    return path
+
+
+@functools.cache
+def _export() -> bytes:
 
     class Halves(nn.Module):
         def __init__(self):
@@ -157,8 +165,9 @@ def make_program(path: Path) -> Path:
 
     model = Halves()
     shapes = {"x": {0: torch.export.Dim.AUTO}, "scale": None}
-    torch.export.save(torch.export.export(model, (torch.ones(4, 2), "one"), dynamic_shapes=shapes), path)
-    return path
+    content = io.BytesIO()
+    torch.export.save(torch.export.export(model, (torch.ones(4, 2), "one"), dynamic_shapes=shapes), content)
+    return content.getvalue()
 
 
 def rewrite(source: Path, target: Path, change: Callable[[str, bytes], bytes]) -> Path:

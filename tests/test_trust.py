@@ -115,7 +115,10 @@ ENTRIES = {
     "config, JSON": ("config.json", lambda path, *_: resolve_config(str(path))),
     "program": ("model.pt2", lambda path, *_: load_program(path)),
     "fxmse inspect, program": ("model.pt2", lambda path, *_: run("inspect", path)),
-    "fxmse quantize": ("model.pt2", lambda path, *_: run("quantize", path, "--scheme=FP8_DYNAMIC", "--out", f"{path}.pt2")),
+    "fxmse quantize": (
+        "model.pt2",
+        lambda path, *_: run("quantize", path, "--scheme=FP8_DYNAMIC", "--out", f"{path}.pt2"),
+    ),
     "fxmse inspect, folder": ("model/fxmse_report.json", lambda path, *_: run("inspect", path.parent)),
     "data, .pt": ("data.pt", lambda path, *_: read_with(path)),
     "data, .safetensors": ("data.safetensors", lambda path, *_: read_with(path)),
