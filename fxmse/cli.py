@@ -23,6 +23,7 @@ from fxmse.outputs.checkpoint import check_replaceable, save_pretrained
 from fxmse.outputs.exporting import export, save_program
 from fxmse.outputs.reporting import describe_format, report
 from fxmse.pipeline import calibrate, convert, prepare
+from fxmse.reading import check_link, read_text
 
 __all__ = ["main"]
 
@@ -109,6 +110,9 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--decompose", action="store_true", help="write a .pt2 that loads where fxmse is not installed"
     )
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that MODEL has for what transformers lacks"
+    )
     command = add("inspect", _inspect, "print what was quantized how, and how well, in what fxmse quantize wrote")
     command.add_argument("out", type=Path, metavar="OUT", help="a .pt2 or a checkpoint's folder")
     add("schemes", _list_schemes, "list the presets")
@@ -125,7 +129,7 @@ def _positive(text: str) -> int:
 def _quantize(options: argparse.Namespace) -> None:
     _check_paths(options)
     start = time.perf_counter()
-    source = load_source(options.model)
+    source = load_source(options.model, trust_remote_code=options.trust_remote_code)
     batches = _read_batches(options, source)
     example = batches[0] if batches else source.make_example()
     observed = prepare(source.module, _make_config(options), example)
@@ -174,7 +178,13 @@ def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
         return []
     fixed = find_batch_size(source.program) if source.program else None
     size = options.batch_size or fixed or _BATCH_SIZE
-    batches = read_batches(options.data, batch_size=size, max_length=options.max_length, model_folder=source.folder)
+    batches = read_batches(
+        options.data,
+        batch_size=size,
+        max_length=options.max_length,
+        model_folder=source.folder,
+        trust_remote_code=options.trust_remote_code,
+    )
     batches = batches[: options.max_batches]
     if source.model is not None:
         batches = [take_inputs(batch, options.data, source.model) for batch in batches]
@@ -208,10 +218,24 @@ def _inspect(options: argparse.Namespace) -> None:
         content = load_program(options.out)[1].get(REPORT_FILE)
     else:
         file = options.out / REPORT_FILE
-        content = file.read_text() if file.is_file() else None
+        check_link(file, options.out)
+        content = read_text(file) if file.exists() else None
     if content is None:
         raise ValueError(f"{options.out} has no report: expected a .pt2 or a folder that fxmse quantize wrote")
-    _print(json.loads(content), options.json)
+    _print(_parse_report(content, options.out), options.json)
+
+
+def _parse_report(content: str, path: Path) -> dict[str, Any]:
+    """Raises ValueError for what ``_quantize`` does not write."""
+    try:
+        summary = json.loads(content)
+        sites = [[site[column] for column in _COLUMNS] for site in summary["sites"]]
+        facts = [summary[key] for key in ("model", "out", "scheme", "batches")]
+    except (TypeError, KeyError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path} has a report that cannot be read ({type(error).__name__}: {error})") from None
+    if not all(isinstance(value, str | int | float | None) for row in (*sites, facts) for value in row):
+        raise ValueError(f"{path} has a report that cannot be read: expected strings and numbers")
+    return summary
 
 
 def _print(summary: dict[str, Any], as_json: bool) -> None:

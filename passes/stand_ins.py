@@ -1,8 +1,8 @@
 """The modules that nodes were traced from, as compressed-tensors' matching wants to see them."""
 
 import functools
-import importlib
 import re
+import sys
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -60,9 +60,8 @@ def _make_stand_in(module_class: type | str, op_class_name: str) -> nn.Module:
 
 
 def _resolve_class(qualified_name: str) -> type:
+    """The class, where its module is imported already: a program may name any, and importing would run it."""
     module_name, _, name = qualified_name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError):
-        found = None  # a class made inside a function, or in a module that is gone
+    # Not by getattr, for which some modules import others.
+    found = vars(sys.modules[module_name]).get(name) if module_name in sys.modules else None
     return found if isinstance(found, type) and issubclass(found, nn.Module) else type(name, (nn.Module,), {})

@@ -1,6 +1,11 @@
 """Ways in: models, data and qparams from files.
 
-- ``programs``: .pt2 files, which hold no code.
+- ``archive``: zip archives, read once.
+- ``expressions``: sizes and guards, which are arithmetic.
+- ``program_json``: what a program may say.
+- ``tensors``: files of torch.save.
+- ``programs``: .pt2 files, of which no code is run.
+- ``folders``: checkpoints' folders, from which nothing leads elsewhere.
 - ``models``: Hugging Face folders and .pt2 files.
 - ``data``: calibration data: tensors, texts, images.
 - ``qparams``: the qparams of a compressed-tensors checkpoint.

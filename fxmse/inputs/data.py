@@ -2,19 +2,21 @@
 
 import inspect
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils._pytree import tree_leaves
 
 from fxmse.capture.front_ends import split_inputs
+from fxmse.inputs.archive import map_file
+from fxmse.inputs.folders import load_pretrained, load_safetensors
+from fxmse.inputs.tensors import load_tensors
+from fxmse.reading import check_file, read_text
 
 __all__ = ["check_batches", "find_batch_size", "order_inputs", "read_batches", "take_inputs"]
 
@@ -22,9 +24,20 @@ Batch = Any
 
 _TENSORS = (".safetensors", ".pt")
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# By what is in them: PIL takes a file for what its content is, whatever its name, and runs PostScript by Ghostscript.
+_IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+_TEXT_LIMIT = 2**30
+"""Bytes: a thousand times what a calibration needs."""
 
 
-def read_batches(path: Path, *, batch_size: int, max_length: int, model_folder: Path | None = None) -> list[Batch]:
+def read_batches(
+    path: Path,
+    *,
+    batch_size: int,
+    max_length: int,
+    model_folder: Path | None = None,
+    trust_remote_code: bool = False,
+) -> list[Batch]:
     """The batches that a file or folder holds.
 
     Args:
@@ -34,6 +47,7 @@ def read_batches(path: Path, *, batch_size: int, max_length: int, model_folder: 
         batch_size: samples a batch, where the file does not say.
         max_length: tokens at most of a text.
         model_folder: where the tokenizer of texts or the processor of images is; None if there is none.
+        trust_remote_code: run the code that the model's folder has for them.
 
     Raises:
         ValueError: a file that cannot be read as that, or holds nothing.
@@ -41,9 +55,9 @@ def read_batches(path: Path, *, batch_size: int, max_length: int, model_folder: 
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_dir():
-        batches = list(_read_images(path, batch_size, model_folder))
+        batches = list(_read_images(path, batch_size, model_folder, trust_remote_code))
     elif path.suffix in (".txt", ".jsonl"):
-        batches = list(_read_texts(path, batch_size, max_length, model_folder))
+        batches = list(_read_texts(path, batch_size, max_length, model_folder, trust_remote_code))
     elif path.suffix in _TENSORS:
         batches = list(_read_tensors(path, batch_size))
     else:
@@ -54,13 +68,8 @@ def read_batches(path: Path, *, batch_size: int, max_length: int, model_folder: 
 
 
 def _read_tensors(path: Path, batch_size: int) -> Iterator[Batch]:
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    except Exception as error:  # torch.load's unpickler and zip reader raise many
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} cannot be read as tensors alone (torch.load, weights_only): {reason}") from None
+    is_pickled = path.suffix != ".safetensors"
+    content = load_tensors(map_file(path), str(path)) if is_pickled else load_safetensors(path)
     if isinstance(content, list):
         for batch in content:
             if not all(isinstance(leaf, Tensor | int | float | bool | None) for leaf in tree_leaves(batch)):
@@ -76,15 +85,17 @@ def _read_tensors(path: Path, batch_size: int) -> Iterator[Batch]:
         yield {name: tensor[start : start + batch_size] for name, tensor in content.items()}
 
 
-def _read_texts(path: Path, batch_size: int, max_length: int, model_folder: Path | None) -> Iterator[Batch]:
+def _read_texts(
+    path: Path, batch_size: int, max_length: int, model_folder: Path | None, trust_remote_code: bool
+) -> Iterator[Batch]:
     if model_folder is None:
         raise ValueError(f"{path} holds texts, and a .pt2 has no tokenizer: pass tensors (.safetensors, .pt)")
     texts = list(_read_lines(path))
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = load_pretrained(AutoTokenizer, model_folder, trust_remote_code=trust_remote_code)
+    except ValueError as error:
         raise ValueError(f"{model_folder} has no tokenizer for the texts of {path}: {error}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -94,10 +105,7 @@ def _read_texts(path: Path, batch_size: int, max_length: int, model_folder: Path
 
 
 def _read_lines(path: Path) -> Iterator[str]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as text: {error}") from None
+    lines = read_text(path, _TEXT_LIMIT).splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -106,7 +114,7 @@ def _read_lines(path: Path) -> Iterator[str]:
             continue
         try:
             content = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (RecursionError, ValueError) as error:
             raise ValueError(f"{path}, line {number} is no JSON: {error}") from None
         text = content.get("text") if isinstance(content, Mapping) else content
         if not isinstance(text, str):
@@ -114,22 +122,31 @@ def _read_lines(path: Path) -> Iterator[str]:
         yield text
 
 
-def _read_images(folder: Path, batch_size: int, model_folder: Path | None) -> Iterator[Batch]:
+def _read_images(folder: Path, batch_size: int, model_folder: Path | None, trust_remote_code: bool) -> Iterator[Batch]:
     if model_folder is None:
         raise ValueError(f"{folder} holds images, and a .pt2 has no processor: pass tensors (.safetensors, .pt)")
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGES)
     try:
-        from PIL import Image
-
         # transformers itself offers it only where torchvision is installed, which not all processors need.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(model_folder, local_files_only=True)
-    except (ImportError, OSError, ValueError) as error:
+        processor = load_pretrained(AutoImageProcessor, model_folder, trust_remote_code=trust_remote_code)
+    except (ImportError, ValueError) as error:
         raise ValueError(f"{model_folder} has no processor for the images of {folder}: {error}") from None
     for start in range(0, len(files), batch_size):
-        images = [Image.open(file).convert("RGB") for file in files[start : start + batch_size]]
-        yield dict(processor(images, return_tensors="pt"))
+        yield dict(processor([_read_image(file) for file in files[start : start + batch_size]], return_tensors="pt"))
+
+
+def _read_image(path: Path) -> Any:
+    from PIL import Image
+
+    check_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(path, formats=_IMAGE_FORMATS).convert("RGB")
+    except Exception as error:  # its decoders raise many
+        raise ValueError(f"{path} cannot be read as an image ({', '.join(_IMAGE_FORMATS)}): {error}") from None
 
 
 def take_inputs(batch: Batch, path: Path, model: nn.Module) -> Batch:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
+from fxmse.inputs.folders import load_pretrained
 from fxmse.inputs.programs import load_program
 
 __all__ = ["Source", "load_source"]
@@ -50,11 +51,16 @@ class Source:
         return kwargs or args
 
 
-def load_source(path: Path) -> Source:
+def load_source(path: Path, *, trust_remote_code: bool = False) -> Source:
     """The model of a folder, in evaluation mode, or the program of a .pt2.
 
+    Args:
+        path: the folder, or the .pt2.
+        trust_remote_code: run the code that a folder has for models that transformers has no class of.
+
     Raises:
-        ValueError: neither is there, the .pt2 is none or holds code, or the folder's model is quantized.
+        ValueError: neither is there, the .pt2 is none or holds code, the folder's model is quantized, or it cannot be
+            loaded (:func:`fxmse.inputs.folders.load_pretrained`).
     """
     if path.suffix == ".pt2":
         return Source(path, program=load_program(path)[0])
@@ -62,11 +68,12 @@ def load_source(path: Path) -> Source:
         raise ValueError(f"{path}: expected a .pt2, or a folder with a config.json")
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    config = load_pretrained(transformers.AutoConfig, path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{path} is quantized already: expected the float model that it was made of")
-    names = getattr(config, "architectures", None) or []
-    model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    classes = [getattr(transformers, str(name), None) for name in getattr(config, "architectures", None) or []]
+    models = [kind for kind in classes if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
+    model_class = models[0] if models else transformers.AutoModel
     # Safetensors alone: a .bin is unpickled.
-    arguments = {"local_files_only": True, "use_safetensors": True}
-    return Source(path, model=(model_class or transformers.AutoModel).from_pretrained(path, **arguments).eval())
+    model = load_pretrained(model_class, path, trust_remote_code=trust_remote_code, use_safetensors=True)
+    return Source(path, model=model.eval())

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from compressed_tensors.quantization import DynamicType, QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
-from compressed_tensors.registry import RegistryMixin
+from compressed_tensors.registry import RegistryMixin, standardize_lookup_name
 from torch import Tensor
 
 from fxmse.formats.grids import Format
@@ -74,12 +74,20 @@ class Observer(Stateful[State], RegistryMixin):
         Raises:
             ValueError: no observer has that name.
         """
-        try:
-            observer_class = cls.get_value_from_registry(name)
-        except KeyError:
+        return cls.get_value_from_registry(name)(**kwargs)
+
+    @classmethod
+    def get_value_from_registry(cls, name: str) -> Any:
+        """The class of the observer called ``name``; no path of a file is imported for it.
+
+        Raises:
+            ValueError: no observer has that name.
+        """
+        spelling = standardize_lookup_name(name)
+        if spelling not in (*cls.registered_names(), *cls.registered_aliases()):
             known = ", ".join(sorted(cls.registered_names())).replace("-", "_")  # the registry's spelling
-            raise ValueError(f"observer={name!r}: expected one of {known}") from None
-        return observer_class(**kwargs)
+            raise ValueError(f"observer={name!r}: expected one of {known}")
+        return super().get_value_from_registry(spelling)
 
     @classmethod
     def _parse_options(cls, kwargs: Mapping[str, Any]) -> Any:

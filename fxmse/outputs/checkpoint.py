@@ -1,7 +1,6 @@
 """compressed-tensors checkpoints, as transformers and vLLM load them."""
 
 import copy
-import json
 import os
 import shutil
 import warnings
@@ -24,9 +23,12 @@ from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
 from fxmse.outputs.files import replace_folder
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
+from fxmse.reading import check_file, check_link, read_json
 
 __all__ = ["check_replaceable", "save_pretrained"]
 
+_TOKENIZER_LIMIT = 2**30
+"""Bytes of a file: a sparse one is copied with all its zeros."""
 # What belongs to a tokenizer or processor, in the folder that a model was loaded from.
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -100,7 +102,7 @@ def check_replaceable(path: Path) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     config = path / "config.json"
-    if not config.is_file() or "quantization_config" not in json.loads(config.read_text()):
+    if not config.is_file() or "quantization_config" not in read_json(config):
         raise ValueError(f"{path} exists and holds no quantized checkpoint: choose a new folder, or empty it")
 
 
@@ -202,4 +204,6 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     for pattern in _TOKENIZER_FILES if source.is_dir() else ():
         for file in source.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
+                check_link(file, source)
+                check_file(file, _TOKENIZER_LIMIT)
                 shutil.copyfile(file, folder / file.name)
