@@ -4,5 +4,6 @@
 - ``exporting``: torch.export programs.
 - ``checkpoint``: compressed-tensors checkpoints.
 - ``inductor``: fake-quantize nodes as a custom pass of Inductor.
+- ``noise``: how much quantization changes a value.
 - ``reporting``: what quantization did to each value.
 """
