@@ -2,9 +2,10 @@
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,15 +17,37 @@ from torch.utils._pytree import tree_leaves
 
 from fxmse.capture.front_ends import split_inputs
 
-__all__ = ["check_batches", "find_batch_size", "order_inputs", "read_batches", "take_inputs"]
+__all__ = ["ALL", "Choice", "check_batches", "find_batch_size", "order_inputs", "read_batches", "take_inputs"]
 
 Batch = Any
+T = TypeVar("T")
 
 _TENSORS = (".safetensors", ".pt")
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-def read_batches(path: Path, *, batch_size: int, max_length: int, model_folder: Path | None = None) -> list[Batch]:
+@dataclass(frozen=True)
+class Choice:
+    """Which samples of a file are used, and in which order: its own, where ``seed`` is None, and all by default."""
+
+    num_samples: int | None = None
+    seed: int | None = None
+
+    def of(self, samples: Sequence[T]) -> list[T]:
+        """The samples that are chosen."""
+        order = list(range(len(samples)))
+        if self.seed is not None:
+            order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return [samples[place] for place in order[: self.num_samples]]
+
+
+ALL = Choice()
+"""Every sample, in a file's order."""
+
+
+def read_batches(
+    path: Path, *, batch_size: int, max_length: int, model_folder: Path | None = None, choice: Choice = ALL
+) -> list[Batch]:
     """The batches that a file or folder holds.
 
     Args:
@@ -34,18 +57,19 @@ def read_batches(path: Path, *, batch_size: int, max_length: int, model_folder: 
         batch_size: samples a batch, where the file does not say.
         max_length: tokens at most of a text.
         model_folder: where the tokenizer of texts or the processor of images is; None if there is none.
+        choice: which samples; of a list of batches, in which order.
 
     Raises:
-        ValueError: a file that cannot be read as that, or holds nothing.
+        ValueError: a file that cannot be read as that, or holds nothing; a number of samples of a list of batches.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_dir():
-        batches = list(_read_images(path, batch_size, model_folder))
+        batches = list(_read_images(path, batch_size, model_folder, choice))
     elif path.suffix in (".txt", ".jsonl"):
-        batches = list(_read_texts(path, batch_size, max_length, model_folder))
+        batches = list(_read_texts(path, batch_size, max_length, model_folder, choice))
     elif path.suffix in _TENSORS:
-        batches = list(_read_tensors(path, batch_size))
+        batches = list(_read_tensors(path, batch_size, choice))
     else:
         raise ValueError(f"{path}: expected a .safetensors, .pt, .txt or .jsonl file, or a folder of images")
     if not batches:
@@ -53,7 +77,7 @@ def read_batches(path: Path, *, batch_size: int, max_length: int, model_folder: 
     return batches
 
 
-def _read_tensors(path: Path, batch_size: int) -> Iterator[Batch]:
+def _read_tensors(path: Path, batch_size: int, choice: Choice) -> Iterator[Batch]:
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     except (OSError, SafetensorError) as error:
@@ -65,21 +89,26 @@ def _read_tensors(path: Path, batch_size: int) -> Iterator[Batch]:
         for batch in content:
             if not all(isinstance(leaf, Tensor | int | float | bool | None) for leaf in tree_leaves(batch)):
                 raise ValueError(f"{path}: expected batches of tensors")
-        yield from content
+        if choice.num_samples is not None:
+            raise ValueError(f"{path} holds batches, not samples: choose how many with --max-batches")
+        yield from choice.of(content)
         return
     if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) and t.dim() for t in content.values()):
         raise ValueError(f"{path} holds a {type(content).__name__}: expected a dict of tensors or a list of batches")
     sizes = {name: len(tensor) for name, tensor in content.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{path}: expected as many samples of each input, found {sizes}")
-    for start in range(0, min(sizes.values(), default=0), batch_size):
-        yield {name: tensor[start : start + batch_size] for name, tensor in content.items()}
+    chosen = torch.tensor(choice.of(range(min(sizes.values(), default=0))), dtype=torch.int64)
+    for rows in chosen.split(batch_size) if len(chosen) else ():
+        yield {name: tensor[rows] for name, tensor in content.items()}
 
 
-def _read_texts(path: Path, batch_size: int, max_length: int, model_folder: Path | None) -> Iterator[Batch]:
+def _read_texts(
+    path: Path, batch_size: int, max_length: int, model_folder: Path | None, choice: Choice
+) -> Iterator[Batch]:
     if model_folder is None:
         raise ValueError(f"{path} holds texts, and a .pt2 has no tokenizer: pass tensors (.safetensors, .pt)")
-    texts = list(_read_lines(path))
+    texts = choice.of(list(_read_lines(path)))
     from transformers import AutoTokenizer
 
     try:
@@ -114,10 +143,10 @@ def _read_lines(path: Path) -> Iterator[str]:
         yield text
 
 
-def _read_images(folder: Path, batch_size: int, model_folder: Path | None) -> Iterator[Batch]:
+def _read_images(folder: Path, batch_size: int, model_folder: Path | None, choice: Choice) -> Iterator[Batch]:
     if model_folder is None:
         raise ValueError(f"{folder} holds images, and a .pt2 has no processor: pass tensors (.safetensors, .pt)")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGES)
+    files = choice.of(sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGES))
     try:
         from PIL import Image
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 
 from fxmse.inputs.programs import load_program
 
@@ -50,14 +51,20 @@ class Source:
         return kwargs or args
 
 
-def load_source(path: Path) -> Source:
+def load_source(path: Path, *, dtype: str | None = None, device: str | None = None) -> Source:
     """The model of a folder, in evaluation mode, or the program of a .pt2.
+
+    Args:
+        path: the folder or file.
+        dtype: of a folder's weights, as "bfloat16"; None is transformers' choice.
+        device: where it is put; None leaves it where it is loaded.
 
     Raises:
         ValueError: neither is there, the .pt2 is none or holds code, or the folder's model is quantized.
     """
     if path.suffix == ".pt2":
-        return Source(path, program=load_program(path)[0])
+        program = load_program(path)[0]
+        return Source(path, program=move_to_device_pass(program, device) if device else program)
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: expected a .pt2, or a folder with a config.json")
     import transformers
@@ -68,5 +75,6 @@ def load_source(path: Path) -> Source:
     names = getattr(config, "architectures", None) or []
     model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     # Safetensors alone: a .bin is unpickled.
-    arguments = {"local_files_only": True, "use_safetensors": True}
-    return Source(path, model=(model_class or transformers.AutoModel).from_pretrained(path, **arguments).eval())
+    arguments = {"local_files_only": True, "use_safetensors": True, **({"dtype": dtype} if dtype else {})}
+    model = (model_class or transformers.AutoModel).from_pretrained(path, **arguments).eval()
+    return Source(path, model=model.to(device) if device else model)
