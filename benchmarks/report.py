@@ -1,4 +1,4 @@
-"""What a report costs beside the search that it tells of: seconds in turn in one process, and their ratio; medians.
+"""What a report costs beside the search that it tells of: CPU seconds in turn in one process; medians.
 
     python benchmarks/report.py [--layers 8] [--hidden 1024] [--runs 3] [--schemes ...]
 
@@ -62,9 +62,9 @@ def measure(name: str, model: nn.Module, batches: list[Tensor], num_runs: int) -
 
     def search() -> Any:
         observed = fxmse.prepare(model, SCHEMES[name], batches[0])
-        start = time.perf_counter()
+        start = time.process_time()
         quantized = fxmse.convert(fxmse.calibrate(observed, data, progress=False), progress=False)
-        return quantized, time.perf_counter() - start
+        return quantized, time.process_time() - start
 
     quantized, _ = search()
     jobs: dict[str, Callable[[], object]] = {
@@ -76,9 +76,9 @@ def measure(name: str, model: nn.Module, batches: list[Tensor], num_runs: int) -
     for _ in range(num_runs):
         seconds["search"].append(search()[1])
         for job, run in jobs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            seconds[job].append(time.perf_counter() - start)
+            seconds[job].append(time.process_time() - start)
     ratios = {job: [s / whole for s, whole in zip(seconds[job], seconds["search"], strict=True)] for job in jobs}
     print(f"{name}: {ratios}", file=sys.stderr)
     return {
