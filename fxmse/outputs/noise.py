@@ -1,8 +1,8 @@
 """How much quantization changes a value: sums of squares, in blocks that stay in a cache."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -61,35 +61,45 @@ def _sum_block(value: Tensor, quantized: Tensor, dtype: torch.dtype) -> Noise:
 
 
 def measure_weight(
-    weight: Tensor, scale: Tensor, zero_point: Tensor | None, args: QuantizationArgs, quantize: Callable[..., Tensor]
+    weight: Tensor, qparams: Sequence[Tensor | None], args: QuantizationArgs, quantize: Callable[..., Tensor]
 ) -> tuple[Noise, Tensor]:
     """What quantization does to a weight, which is read once and never copied as a whole.
 
     Args:
         weight: shape (..., out, in), float.
-        scale: shape qparam_shape, as it is stored.
-        zero_point: the same shape, or None.
+        qparams: scale, zero point and global scale as they are stored; of one element, or of as many for each matrix.
         args: the format.
-        quantize: from rows of the weight, their scale and zero point to what they are quantized to.
+        quantize: from rows of the weight and their qparams to what they are quantized to.
 
     Returns:
         The sums, and the scale that the smallest and the largest value of each group would have, less the global one.
     """
     observer = Observer.load_from_registry("static_minmax", base_name="weight", args=args)
-    layout, noise, ranges = observer.layout, Noise(), []
-    for rows, row_scale, row_zero_point in _cut_rows(weight, scale, zero_point, layout):
-        noise = noise.plus(sum_noise(rows, quantize(rows, row_scale, row_zero_point)))
-        ranges.append(measure_range(rows, layout))
-    if layout.strategy == "tensor":
-        range = cover_ranges(ranges)
-    else:
+    layout, noise = observer.layout, Noise()
+    by_matrix: list[Range] = []
+    for matrix in _cut(weight, qparams, layout):
+        ranges = []
+        for rows, *cut_qparams in matrix:
+            noise = noise.plus(sum_noise(rows, quantize(rows, *cut_qparams)))
+            ranges.append(measure_range(rows, layout))
+        by_matrix.append(_join(ranges))
+    groups = _join(by_matrix)
+    whole = [Range(range.min.amin().reshape(1), range.max.amax().reshape(1)) for range in by_matrix]
+    state = State(like=weight.new_empty(0))
+    if layout.strategy in ("tensor", "tensor_group"):
+        shape = layout.as_one_group().qparam_shape(weight.shape)
+        one = _join(whole) if math.prod(shape) == len(whole) else cover_ranges(whole)
+        one = Range(one.min.reshape(shape), one.max.reshape(shape))
+        state = state.with_range(one) if layout.strategy == "tensor" else state.with_global_range(one)
+    if layout.strategy != "tensor":
         shape = layout.qparam_shape(weight.shape)
-        range = Range(*(torch.cat(parts).reshape(shape) for parts in zip(*ranges, strict=True)))
-    state = State(like=weight.new_empty(0)).with_range(range)
-    if layout.strategy == "tensor_group":
-        state = state.with_global_range(Range(range.min.amin().reshape(1), range.max.amax().reshape(1)))
+        state = state.with_range(Range(groups.min.reshape(shape), groups.max.reshape(shape)))
     observer.state = state
     return noise, find_scale(observer)
+
+
+def _join(ranges: Sequence[Range]) -> Range:
+    return Range(torch.cat([range.min for range in ranges]), torch.cat([range.max for range in ranges]))
 
 
 def find_scale(observer: Observer) -> Tensor:
@@ -100,26 +110,23 @@ def find_scale(observer: Observer) -> Tensor:
     return scale if global_scale is None else scale / global_scale
 
 
-def _cut_rows(
-    weight: Tensor, scale: Tensor, zero_point: Tensor | None, layout: Layout
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """A weight in blocks of rows, each with its part of scale and zero point."""
+def _cut(weight: Tensor, qparams: Sequence[Tensor | None], layout: Layout) -> Iterator[Iterator[tuple[Any, ...]]]:
+    """Of each matrix of a weight its blocks of rows, each with its part of the qparams."""
     height = layout.block_structure[0] if layout.block_structure else 1
     matrices = _as_matrices(weight)
     num_rows = height * max(1, enlarge(_BLOCK, weight.device) // (height * matrices.shape[-1]))
 
-    def cut(qparam: Tensor | None) -> Iterator[Tensor | None]:
-        for place in range(len(matrices)):
-            for start in range(0, matrices.shape[1], num_rows):
-                if qparam is None or layout.strategy == "tensor":
-                    yield qparam
-                else:
-                    yield _as_matrices(qparam)[place, start // height : -(-(start + num_rows) // height)]
+    def cut(qparam: Tensor | None, place: int, start: int) -> Tensor | None:
+        if qparam is None or qparam.numel() == 1:
+            return qparam
+        part = _as_matrices(qparam)[place]
+        return part if len(part) == 1 else part[start // height : -(-(start + num_rows) // height)]
 
-    rows = (part for matrix in matrices for part in matrix.split(num_rows))
-    for part, part_scale, part_zero_point in zip(rows, cut(scale), cut(zero_point), strict=True):
-        assert part_scale is not None
-        yield part, part_scale, part_zero_point
+    for place, matrix in enumerate(matrices):
+        yield (
+            (matrix[start : start + num_rows], *(cut(qparam, place, start) for qparam in qparams))
+            for start in range(0, len(matrix), num_rows)
+        )
 
 
 def _as_matrices(value: Tensor) -> Tensor:

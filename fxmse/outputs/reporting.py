@@ -73,21 +73,23 @@ def report(quantized: GraphModule, batches: Iterable[Any] | None = None) -> list
     """
     watched = copy_graph_module(quantized)
     OpenRegions()(watched)
-    recorders: list[_Recorder] = []
+    reports: list[SiteReport | _Recorder] = []
     for graph in list_open_graphs(watched):
         versions = Versions(graph)
         for node in [node for node in graph.graph.nodes if is_fake_quantize(node)]:
-            recorders.append(_make_recorder(graph, node))
+            recorder = _make_recorder(graph, node)
             if _is_weight(graph, versions, node):
-                recorders[-1].measure(*map_arg(node.args, functools.partial(evaluate, graph)))
+                recorder.measure(*map_arg(node.args, functools.partial(evaluate, graph)))
+                reports.append(recorder.summarise())
             else:
-                _watch(graph, node, recorders[-1])
+                _watch(graph, node, recorder)
+                reports.append(recorder)
         graph.recompile()
-    if not recorders:
+    if not reports:
         raise ValueError("the graph has no fake-quantize nodes: make it with fxmse.convert")
     if batches is not None:
-        _run(watched, batches, is_needed=not all(recorder.has_seen for recorder in recorders))
-    return [recorder.summarise() for recorder in recorders]
+        _run(watched, batches, is_needed=any(isinstance(found, _Recorder) for found in reports))
+    return [found if isinstance(found, SiteReport) else found.summarise() for found in reports]
 
 
 def _run(watched: GraphModule, batches: Iterable[Any], *, is_needed: bool) -> None:
@@ -122,16 +124,15 @@ class _Recorder(nn.Module):
         if scale is not None:
             self.observer = Observer.load_from_registry("static_minmax", base_name=role, args=args)
 
-    def measure(
-        self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None, *format: Any
-    ) -> None:
+    def measure(self, weight: Tensor, *arguments: Any) -> None:
         """Looks at a weight, once; takes the arguments of its node."""
+        qparams, format = arguments[:3], arguments[3:]
 
-        def quantize(rows: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-            return FAKE_QUANTIZE(rows, scale, zero_point, global_scale, *format)
+        def quantize(rows: Tensor, *cut: Tensor | None) -> Tensor:
+            return FAKE_QUANTIZE(rows, *cut, *format)
 
         self.has_seen = True
-        self.noise, self.minmax_scale = measure_weight(weight, scale, zero_point, self.args, quantize)
+        self.noise, self.minmax_scale = measure_weight(weight, qparams, self.args, quantize)
 
     def forward(self, x: Tensor, quantized: Tensor) -> Tensor:
         self.has_seen = True
