@@ -4,7 +4,8 @@
 
 A stack of gated blocks with normal weights, by default 100 million parameters in bfloat16. "Before" is how fxmse 0.1.0
 first had it: up to 4 batches through the folded graph, each weight in each of them added up in float64. W8A8 is static,
-with data; its search is the whole calibration. The first search is not among the runs; whether later ones are compiled is for the search to say.
+with data; its search is the whole calibration. The first search is not among the runs;
+whether later ones are compiled is for the search to say.
 """
 
 import argparse
