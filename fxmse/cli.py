@@ -1,9 +1,7 @@
 """The command line: ``fxmse quantize``, ``fxmse inspect``, ``fxmse schemes``."""
 
 import argparse
-import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -11,17 +9,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, preset_name_to_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from tabulate import tabulate
+from torch import Tensor
+from torch.export.passes import move_to_device_pass
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_map_only
 
-from fxmse.config import name_weight_observer
-from fxmse.inputs.data import check_batches, find_batch_size, order_inputs, read_batches, take_inputs
+from fxmse.config import Config, name_weight_observer, resolve_config
+from fxmse.inputs.data import Choice, check_batches, find_batch_size, order_inputs, read_batches, take_inputs
 from fxmse.inputs.models import Source, load_source
 from fxmse.inputs.programs import load_program
-from fxmse.outputs.checkpoint import check_replaceable, save_pretrained
+from fxmse.outputs.checkpoint import check_replaceable, check_saveable, find_tied, save_pretrained
 from fxmse.outputs.exporting import export, save_program
-from fxmse.outputs.reporting import describe_format, report
+from fxmse.outputs.reporting import SiteReport, describe_format, report
+from fxmse.outputs.space import check_space, estimate_checkpoint, estimate_program
+from fxmse.outputs.summaries import COLUMNS, as_json, format_sites
 from fxmse.pipeline import calibrate, convert, prepare
 from fxmse.reading import check_link, read_text
 
@@ -32,17 +36,7 @@ REPORT_FILE = "fxmse_report.json"
 
 _REPORTED_BATCHES = 4
 _BATCH_SIZE = 8
-# Fields of a SiteReport, and what the table calls them.
-_COLUMNS = {
-    "module": "module",
-    "role": "value",
-    "format": "format",
-    "num_scales": "scales",
-    "scale_min": "least",
-    "scale_max": "largest",
-    "sqnr": "SQNR dB",
-    "range_ratio": "range / min-max",
-}
+_DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLES = """examples:
   fxmse quantize model.pt2 --scheme W8A8 --data batches.safetensors --out quantized.pt2
   fxmse quantize ./llama --scheme W4A16 --ignore lm_head --data texts.jsonl --out ./llama-w4a16
@@ -96,6 +90,12 @@ def _make_parser() -> argparse.ArgumentParser:
         "the least error of outputs, and exact_mse without",
     )
     command.add_argument(
+        "--observer-kwargs",
+        type=_read_mapping,
+        metavar="JSON",
+        help="arguments of that observer, as '{\"norm\": 2.0}'",
+    )
+    command.add_argument(
         "--data",
         type=Path,
         help=".safetensors or .pt of batches; for a folder's model also .txt or .jsonl of texts, or a folder of "
@@ -107,6 +107,19 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--max-length", type=_positive, default=512, metavar="N", help="tokens a text (default 512)")
     command.add_argument("--max-batches", type=_positive, metavar="N", help="use the first N batches")
+    command.add_argument("--num-samples", type=_positive, metavar="N", help="use N samples of the data (default: all)")
+    command.add_argument("--seed", type=int, metavar="N", help="shuffle the samples (default: in the data's order)")
+    command.add_argument(
+        "--dtype", choices=_DTYPES, help="what a folder's weights are loaded in (default: as they are stored)"
+    )
+    command.add_argument("--device", metavar="NAME", help="where to work, as cuda (default: where the model is loaded)")
+    command.add_argument(
+        "--report",
+        choices=("none", "summary", "full"),
+        default="summary",
+        help="what is measured afterwards: the weights (summary, the default), or the other values, too, for which "
+        f"{_REPORTED_BATCHES} batches are run",
+    )
     command.add_argument(
         "--decompose", action="store_true", help="write a .pt2 that loads where fxmse is not installed"
     )
@@ -115,6 +128,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     command = add("inspect", _inspect, "print what was quantized how, and how well, in what fxmse quantize wrote")
     command.add_argument("out", type=Path, metavar="OUT", help="a .pt2 or a checkpoint's folder")
+    command.add_argument("--all", action="store_true", help="every value; otherwise the worst ones")
     add("schemes", _list_schemes, "list the presets")
     return parser
 
@@ -126,29 +140,82 @@ def _positive(text: str) -> int:
     return value
 
 
+def _read_mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text}: expected an object, as {{"norm": 2.0}}')
+    return value
+
+
 def _quantize(options: argparse.Namespace) -> None:
     _check_paths(options)
     start = time.perf_counter()
-    source = load_source(options.model, trust_remote_code=options.trust_remote_code)
+    config = _make_config(options)
+    source = load_source(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if not _is_program(options.out):
+        config = _ignore_tied(config, source.model)
     batches = _read_batches(options, source)
-    example = batches[0] if batches else source.make_example()
-    observed = prepare(source.module, _make_config(options), example)
+    example = batches[0] if batches else _move(source.make_example(), options.device)
+    observed = prepare(source.module, config, example)
+    _check_output(options, observed, source)
     quantized = convert(calibrate(observed, batches))
-    sites = report(quantized, (batches or [example])[:_REPORTED_BATCHES])
+    sites = _report(quantized, options.report, (batches or [example])[:_REPORTED_BATCHES])
     summary = {
         "model": str(options.model),
         "scheme": options.scheme,
         "out": str(options.out),
         "batches": len(batches),
         "seconds": round(time.perf_counter() - start, 3),
-        "sites": [_as_json(site) for site in sites],
+        "sites": [as_json(site) for site in sites],
     }
     extra_files = {REPORT_FILE: json.dumps(summary, indent=1)}
     if _is_program(options.out):
-        save_program(export(quantized, example, decompose=options.decompose), options.out, extra_files)
+        program = export(quantized, example, decompose=options.decompose)
+        program = move_to_device_pass(program, "cpu") if options.device else program
+        save_program(program, options.out, extra_files)
     else:
         save_pretrained(quantized, source.model, options.out, extra_files=extra_files)
     _print(summary, options.json)
+
+
+def _report(quantized: GraphModule, kind: str, batches: list[Any]) -> list[SiteReport]:
+    if kind == "none":
+        return []
+    return report(quantized, batches if kind == "full" else None)
+
+
+def _check_output(options: argparse.Namespace, observed: GraphModule, source: Source) -> None:
+    """Raises ValueError for what would fail when all is done."""
+    if _is_program(options.out):
+        check_space(options.out, estimate_program(observed))
+    else:
+        check_saveable(observed, source.model)
+        check_space(options.out, estimate_checkpoint(observed, source.model))
+
+
+def _ignore_tied(config: Config, model: Any) -> QuantizationConfig:
+    """The config without what a checkpoint cannot hold quantized; says what that is."""
+    config = resolve_config(config)
+    tied = find_tied(config, model)
+    for module, names in tied.items():
+        print(
+            f"fxmse: {module} stays in float, as with --ignore {module}: {names} are one parameter, of which a "
+            "checkpoint cannot hold a quantized weight",
+            file=sys.stderr,
+        )
+    return config.model_copy(update={"ignore": [*(config.ignore or []), *tied]})
+
+
+def _move(batch: Any, device: str | None) -> Any:
+    return batch if device is None else tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def _is_program(path: Path) -> bool:
@@ -177,15 +244,15 @@ def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
     if options.data is None:
         return []
     fixed = find_batch_size(source.program) if source.program else None
-    size = options.batch_size or fixed or _BATCH_SIZE
     batches = read_batches(
         options.data,
-        batch_size=size,
+        batch_size=options.batch_size or fixed or _BATCH_SIZE,
         max_length=options.max_length,
         model_folder=source.folder,
+        choice=Choice(options.num_samples, options.seed),
         trust_remote_code=options.trust_remote_code,
     )
-    batches = batches[: options.max_batches]
+    batches = [_move(batch, options.device) for batch in batches[: options.max_batches]]
     if source.model is not None:
         batches = [take_inputs(batch, options.data, source.model) for batch in batches]
     if source.program is not None:
@@ -193,24 +260,19 @@ def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
     return check_batches(batches, source.program)
 
 
-def _make_config(options: argparse.Namespace) -> Any:
+def _make_config(options: argparse.Namespace) -> Config:
     """The scheme as ``fxmse.prepare`` takes it."""
     config = options.scheme
     if options.ignore:
         if options.scheme not in PRESET_SCHEMES:
             raise ValueError("--ignore goes with a preset; a config file has an ignore list of its own")
         config = {"config_groups": {options.scheme: ["Linear"]}, "ignore": options.ignore}
-    if options.observer is None:
+    name = options.observer
+    if name is None and options.observer_kwargs is None:
         return config
-    if options.observer != "auto":
-        return name_weight_observer(config, options.observer)
-    return name_weight_observer(config, "exact_mse" if options.data is None else "output_mse")
-
-
-def _as_json(site: Any) -> dict[str, Any]:
-    """A site's report; an infinite ratio is null, as JSON has no infinity."""
-    fields = dataclasses.asdict(site)
-    return {key: None if value in (math.inf, -math.inf) else value for key, value in fields.items()}
+    if name == "auto":
+        name = "exact_mse" if options.data is None else "output_mse"
+    return name_weight_observer(config, name, options.observer_kwargs)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -222,14 +284,14 @@ def _inspect(options: argparse.Namespace) -> None:
         content = read_text(file) if file.exists() else None
     if content is None:
         raise ValueError(f"{options.out} has no report: expected a .pt2 or a folder that fxmse quantize wrote")
-    _print(_parse_report(content, options.out), options.json)
+    _print(_parse_report(content, options.out), options.json, show_all=options.all)
 
 
 def _parse_report(content: str, path: Path) -> dict[str, Any]:
     """Raises ValueError for what ``_quantize`` does not write."""
     try:
         summary = json.loads(content)
-        sites = [[site[column] for column in _COLUMNS] for site in summary["sites"]]
+        sites = [[site[column] for column in COLUMNS] for site in summary["sites"]]
         facts = [summary[key] for key in ("model", "out", "scheme", "batches")]
     except (TypeError, KeyError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} has a report that cannot be read ({type(error).__name__}: {error})") from None
@@ -238,12 +300,11 @@ def _parse_report(content: str, path: Path) -> dict[str, Any]:
     return summary
 
 
-def _print(summary: dict[str, Any], as_json: bool) -> None:
+def _print(summary: dict[str, Any], as_json: bool, *, show_all: bool = False) -> None:
     if as_json:
         print(json.dumps(summary, indent=1))
         return
-    rows = [[site[column] for column in _COLUMNS] for site in summary["sites"]]
-    print(tabulate(rows, list(_COLUMNS.values()), floatfmt=("", "", "", "", ".3g", ".3g", ".1f", ".3f")))
+    print(format_sites(summary["sites"], show_all=show_all))
     print(f"\n{summary['model']} to {summary['out']}: {summary['scheme']}, {summary['batches']} batches")
 
 

@@ -205,12 +205,21 @@ def _check_observers(config: QuantizationConfig) -> None:
             raise ValueError(f"observer={quote(args.observer)}: expected the name of an observer that is registered")
 
 
-def name_weight_observer(config: Config, name: str) -> QuantizationConfig:
-    """``config`` with an observer for weights whose scheme names none; raises as :func:`resolve_config`."""
+def name_weight_observer(
+    config: Config, name: str | None, observer_kwargs: Mapping[str, Any] | None = None
+) -> QuantizationConfig:
+    """``config`` with an observer for weights whose scheme names none; raises as :func:`resolve_config`.
+
+    Args:
+        config: the config; not changed.
+        name: the observer; None for the default one.
+        observer_kwargs: its arguments; None for its defaults.
+    """
     named = resolve_config(config).model_copy(deep=True)
     for scheme in named.config_groups.values():
-        if scheme.weights:
-            scheme.weights.observer = scheme.weights.observer or name
+        if scheme.weights and not scheme.weights.observer:
+            scheme.weights.observer = name or _DEFAULT_OBSERVER
+            scheme.weights.observer_kwargs = {**scheme.weights.observer_kwargs, **(observer_kwargs or {})}
     return named
 
 

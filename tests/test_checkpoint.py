@@ -19,6 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxmse
+from fxmse.config import resolve_config
+from fxmse.outputs.checkpoint import _foresee_qparams, _read_sites, check_saveable, find_tied
+from fxmse.outputs.space import estimate_checkpoint
+from fxmse.passes.probe import find_probes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -261,6 +265,35 @@ def test_a_tied_weight_is_named(tmp_path):
     )
     with pytest.raises(ValueError, match=r"wte.weight and lm_head.weight are one tied parameter.*ignore list"):
         fxmse.save_pretrained(quantized, model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_can_be_saved_is_known_before_the_search(llama, checkpoints, name):
+    folder, graphs, _ = checkpoints
+    model, program = llama[torch.bfloat16 if name in IN_BFLOAT16 else torch.float32]
+    observed = fxmse.prepare(program, CONFIGS[name])
+    check_saveable(observed, model)
+    foreseen = {s.name: set(_foresee_qparams(s.args)) for _, probe in find_probes(observed) for s in probe.sites}
+    found = {
+        site: {k for k, v in qparams.items() if v is not None} for site, qparams in _read_sites(graphs[name]).items()
+    }
+    assert foreseen == found
+    size = (folder / name / "model.safetensors").stat().st_size
+    assert 0.6 * size < estimate_checkpoint(observed, model) <= size
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_what_cannot_be_saved_is_known_before_the_search(llama):
+    _, program = llama[torch.float32]
+    observed = fxmse.prepare(program, CONFIGS["FP8"])
+    with pytest.raises(ValueError, match=r"model is a Linear: expected a transformers.PreTrainedModel"):
+        check_saveable(observed, nn.Linear(2, 2))
+    model, inputs = ARCHITECTURES["GPT-2"].make_model(), ARCHITECTURES["GPT-2"].make_inputs(2, 0)
+    config = resolve_config({"config_groups": {"FP8_BLOCK": ["re:.*lm_head"]}})
+    with pytest.raises(ValueError, match=r"wte.weight and lm_head.weight are one tied parameter.*ignore list"):
+        check_saveable(fxmse.prepare(export(model, inputs), config), model)
+    assert find_tied(config, model) == {"lm_head": "transformer.wte.weight and lm_head.weight"}
+    assert not find_tied(config.model_copy(update={"ignore": ["lm_head"]}), model)
 
 
 def copy_with(folder, tmp_path, change):

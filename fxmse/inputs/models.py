@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 
 from fxmse.inputs.folders import load_pretrained
 from fxmse.inputs.programs import load_program
@@ -51,11 +52,15 @@ class Source:
         return kwargs or args
 
 
-def load_source(path: Path, *, trust_remote_code: bool = False) -> Source:
+def load_source(
+    path: Path, *, dtype: str | None = None, device: str | None = None, trust_remote_code: bool = False
+) -> Source:
     """The model of a folder, in evaluation mode, or the program of a .pt2.
 
     Args:
         path: the folder, or the .pt2.
+        dtype: of a folder's weights, as "bfloat16"; None is transformers' choice.
+        device: where it is put; None leaves it where it is loaded.
         trust_remote_code: run the code that a folder has for models that transformers has no class of.
 
     Raises:
@@ -63,7 +68,8 @@ def load_source(path: Path, *, trust_remote_code: bool = False) -> Source:
             loaded (:func:`fxmse.inputs.folders.load_pretrained`).
     """
     if path.suffix == ".pt2":
-        return Source(path, program=load_program(path)[0])
+        program = load_program(path)[0]
+        return Source(path, program=move_to_device_pass(program, device) if device else program)
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: expected a .pt2, or a folder with a config.json")
     import transformers
@@ -75,5 +81,6 @@ def load_source(path: Path, *, trust_remote_code: bool = False) -> Source:
     models = [kind for kind in classes if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
     model_class = models[0] if models else transformers.AutoModel
     # Safetensors alone: a .bin is unpickled.
-    model = load_pretrained(model_class, path, trust_remote_code=trust_remote_code, use_safetensors=True)
-    return Source(path, model=model.eval())
+    arguments: dict[str, Any] = {"use_safetensors": True, **({"dtype": dtype} if dtype else {})}
+    model = load_pretrained(model_class, path, trust_remote_code=trust_remote_code, **arguments).eval()
+    return Source(path, model=model.to(device) if device else model)

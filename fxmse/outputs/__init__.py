@@ -2,7 +2,10 @@
 
 - ``files``: files and folders that are there whole or not at all.
 - ``exporting``: torch.export programs.
+- ``space``: how large what is written will be, and whether there is room for it.
 - ``checkpoint``: compressed-tensors checkpoints.
 - ``inductor``: fake-quantize nodes as a custom pass of Inductor.
+- ``noise``: how much quantization changes a value.
 - ``reporting``: what quantization did to each value.
+- ``summaries``: reports for people.
 """

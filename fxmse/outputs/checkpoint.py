@@ -5,12 +5,18 @@ import os
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from compressed_tensors.quantization import (
+    DynamicType,
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationStrategy,
+    apply_quantization_config,
+)
 from compressed_tensors.utils import match_named_modules
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -23,9 +29,10 @@ from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
 from fxmse.outputs.files import replace_folder
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
+from fxmse.passes.probe import find_probes
 from fxmse.reading import check_file, check_link, read_json
 
-__all__ = ["check_replaceable", "save_pretrained"]
+__all__ = ["check_replaceable", "check_saveable", "find_tied", "save_pretrained"]
 
 _TOKENIZER_LIMIT = 2**30
 """Bytes of a file: a sparse one is copied with all its zeros."""
@@ -70,20 +77,14 @@ def save_pretrained(
         OSError: the folder cannot be written; what was there before still is.
     """
     from compressed_tensors.compressors import ModelCompressor
-    from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model is a {type(model).__name__}: expected a transformers.PreTrainedModel")
+    _check_model(model)
     check_replaceable(Path(path))
     sites = _read_sites(quantized)
     config = quantized.meta.get(CONFIG_KEY)
     if not sites or config is None:
         raise ValueError("the graph has no fake-quantize nodes that fxmse folded: make it with fxmse.convert")
-    prepared = _share_parameters(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what matches nothing was named when observers were inserted
-        apply_quantization_config(prepared, _ignore_untouched(config, prepared, sites), show_progress=False)
-    _check_untied(prepared, sites)
+    prepared = _prepare(_share_parameters(model), config, sites)
     _set_qparams(prepared, sites)
     compressor = ModelCompressor.from_pretrained_model(prepared)
     compressor.compress_model(prepared)
@@ -92,9 +93,71 @@ def save_pretrained(
         prepared.save_pretrained(folder)
         compressor.update_config(str(folder))
         if model.name_or_path:
-            _copy_tokenizer(Path(model.name_or_path), folder)
+            _copy_tokenizer(Path(str(model.name_or_path)), folder)
         for name, content in (extra_files or {}).items():
             (folder / name).write_text(content)
+
+
+def check_saveable(observed: GraphModule, model: nn.Module) -> None:
+    """Raises ValueError for what :func:`save_pretrained` will refuse, before anything is searched.
+
+    Args:
+        observed: a graph of ``model`` from ``fxmse.prepare``.
+        model: the float model; its values are not looked at, and may be on the meta device.
+
+    Raises:
+        ValueError: another kind of model; tied weights; values that a checkpoint has no place for (all are named).
+    """
+    _check_model(model)
+    sites = {site.name: _foresee_qparams(site.args) for _, probe in find_probes(observed) for site in probe.sites}
+    memo: dict[int, Any] = {id(t): t.detach().to("meta") for t in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    _find_places(_prepare(copy.deepcopy(model, memo), observed.meta[CONFIG_KEY], sites), sites)
+
+
+def find_tied(config: QuantizationConfig, model: nn.Module) -> dict[str, str]:
+    """The modules that a config quantizes though their weights are tied, each with the parameters that are one.
+
+    Where a checkpoint is to be written they belong on the config's ignore list.
+    """
+    targets = [target for scheme in config.config_groups.values() if scheme.weights for target in scheme.targets]
+    matched = {name for name, _ in match_named_modules(model, targets, config.ignore or [])}
+    return {
+        module: " and ".join(tied)
+        for tied in _list_tied(model)
+        for module, _, name in (parameter.rpartition(".") for parameter in tied)
+        if module in matched and name == "weight"
+    }
+
+
+def _check_model(model: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is a {type(model).__name__}: expected a transformers.PreTrainedModel")
+
+
+def _prepare(model: Any, config: QuantizationConfig, sites: Collection[str]) -> Any:
+    """``model``, a copy whose modules may change, with places for the qparams of sites."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matches nothing was named when observers were inserted
+        apply_quantization_config(model, _ignore_untouched(config, model, sites), show_progress=False)
+    for tied in _list_tied(model):
+        if any(name in sites for name in tied):
+            # from_pretrained would tie it again in float.
+            raise ValueError(
+                f"{' and '.join(tied)} are one tied parameter, of which a checkpoint cannot hold a quantized weight: "
+                "put the module on the ignore list, or untie them"
+            )
+    return model
+
+
+def _foresee_qparams(args: QuantizationArgs) -> list[str]:
+    """Which qparams a value will have."""
+    has_global = args.strategy == QuantizationStrategy.TENSOR_GROUP
+    if args.dynamic:
+        return ["global_scale"] if args.dynamic == DynamicType.LOCAL else []
+    return ["scale", *(["global_scale"] if has_global else []), *([] if args.symmetric else ["zero_point"])]
 
 
 def check_replaceable(path: Path) -> None:
@@ -106,17 +169,12 @@ def check_replaceable(path: Path) -> None:
         raise ValueError(f"{path} exists and holds no quantized checkpoint: choose a new folder, or empty it")
 
 
-def _check_untied(model: nn.Module, sites: Mapping[str, object]) -> None:
-    """Raises ValueError for a weight that two modules share, which from_pretrained would tie again in float."""
+def _list_tied(model: nn.Module) -> Iterator[list[str]]:
+    """The names of each parameter that has several."""
     names: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
-    for tied in names.values():
-        if len(tied) > 1 and any(name in sites for name in tied):
-            raise ValueError(
-                f"{' and '.join(tied)} are one tied parameter, of which a checkpoint cannot hold a quantized weight: "
-                "put the module on the ignore list, or untie them"
-            )
+    yield from (tied for tied in names.values() if len(tied) > 1)
 
 
 def _read_sites(quantized: GraphModule) -> dict[str, dict[str, Tensor | None]]:
@@ -141,7 +199,7 @@ def _share_parameters(model: nn.Module) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def _ignore_untouched(config: QuantizationConfig, model: nn.Module, sites: Mapping[str, object]) -> QuantizationConfig:
+def _ignore_untouched(config: QuantizationConfig, model: nn.Module, sites: Collection[str]) -> QuantizationConfig:
     """The config with the linears and embeddings that it targets but the graph leaves in float among its ignores."""
     touched = {name.rpartition(".")[0] for name in sites}
     targets = [target for scheme in config.config_groups.values() for target in scheme.targets]
@@ -154,25 +212,37 @@ def _ignore_untouched(config: QuantizationConfig, model: nn.Module, sites: Mappi
     return config.model_copy(update={"ignore": ignore + untouched}, deep=True)
 
 
-def _set_qparams(model: nn.Module, sites: Mapping[str, Mapping[str, Tensor | None]]) -> None:
-    """Puts each site's qparams where compressed-tensors keeps them."""
+def _find_places(model: nn.Module, sites: Mapping[str, Collection[str]]) -> dict[str, dict[str, nn.Parameter | None]]:
+    """Where compressed-tensors keeps each site's qparams; raises ValueError where it has no place for some."""
+    places: dict[str, dict[str, nn.Parameter | None]] = {}
     homeless = []
-    for site, qparams in sites.items():
+    for site, kinds in sites.items():
         path, _, role = site.rpartition(".")
         module = model.get_submodule(path)
-        found = {kind: getattr(module, f"{role}_{kind}", None) for kind in QPARAMS}
+        places[site] = {kind: getattr(module, f"{role}_{kind}", None) for kind in QPARAMS}
         # transformers loads a quantized embedding as one in float.
         if (
             isinstance(module, nn.Embedding)
             or not hasattr(module, "quantization_scheme")
-            or any(value is not None and found[kind] is None for kind, value in qparams.items())
+            or any(places[site][kind] is None for kind in kinds)
         ):
             homeless.append(site)
-            continue
-        for kind, parameter in found.items():
+    if homeless:
+        raise ValueError(
+            f"a compressed-tensors checkpoint has no place for {'; '.join(homeless)}: it holds values of Linear "
+            "and attention modules. Leave these out of the config, or save the graph as a .pt2"
+        )
+    return places
+
+
+def _set_qparams(model: nn.Module, sites: Mapping[str, Mapping[str, Tensor | None]]) -> None:
+    """Puts each site's qparams where compressed-tensors keeps them."""
+    kinds = {site: [kind for kind in QPARAMS if qparams[kind] is not None] for site, qparams in sites.items()}
+    for site, places in _find_places(model, kinds).items():
+        for kind, parameter in places.items():
             if parameter is None:
                 continue
-            value = qparams[kind]
+            value = sites[site][kind]
             value = torch.zeros_like(parameter) if value is None else value  # a zero point of 0
             if value.shape != parameter.shape:
                 raise ValueError(
@@ -180,11 +250,6 @@ def _set_qparams(model: nn.Module, sites: Mapping[str, Mapping[str, Tensor | Non
                     f"{tuple(parameter.shape)}: was the graph made of this model?"
                 )
             parameter.data = value.detach().to(parameter.device).clone()
-    if homeless:
-        raise ValueError(
-            f"a compressed-tensors checkpoint has no place for {'; '.join(homeless)}: it holds values of Linear "
-            "and attention modules. Leave these out of the config, or save the graph as a .pt2"
-        )
 
 
 def _warn_of_dtype(model: Any) -> None:
