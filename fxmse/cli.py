@@ -11,16 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, preset_name_to_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from tabulate import tabulate
 
-from fxmse.config import name_weight_observer
+from fxmse.config import Config, name_weight_observer, resolve_config
 from fxmse.inputs.data import check_batches, find_batch_size, order_inputs, read_batches, take_inputs
 from fxmse.inputs.models import Source, load_source
 from fxmse.inputs.programs import load_program
 from fxmse.outputs.checkpoint import check_replaceable, save_pretrained
 from fxmse.outputs.exporting import export, save_program
+from fxmse.outputs.files import check_apart, check_place
 from fxmse.outputs.reporting import describe_format, report
 from fxmse.pipeline import calibrate, convert, prepare
 
@@ -58,16 +59,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        print("fxmse: interrupted; nothing was written", file=sys.stderr)
+        print(f"fxmse: interrupted; {_tell_written(options)}", file=sys.stderr)
         return 130
     except Exception as error:
         if options.debug:
             raise
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        reason = " ".join(str(error).split())
-        print(f"fxmse: error: {kind}{reason or type(error).__name__} (--debug shows where)", file=sys.stderr)
+        print(f"fxmse: error: {_describe(error)} (--debug shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def _describe(error: Exception) -> str:
+    """An error in one line."""
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split()) or type(error).__name__}"
+
+
+def _tell_written(options: argparse.Namespace) -> str:
+    """What an interrupted command left at ``--out``: nothing new, or all of it."""
+    is_written = "before" in options and _identify(options.out) != options.before
+    return f"{options.out} was written" if is_written else "nothing was written"
+
+
+def _identify(path: Path) -> tuple[int, int] | None:
+    """What is at a path, told apart from what takes its place."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -125,10 +144,11 @@ def _positive(text: str) -> int:
 def _quantize(options: argparse.Namespace) -> None:
     _check_paths(options)
     start = time.perf_counter()
+    config = _make_config(options)
     source = load_source(options.model)
     batches = _read_batches(options, source)
     example = batches[0] if batches else source.make_example()
-    observed = prepare(source.module, _make_config(options), example)
+    observed = prepare(source.module, config, example)
     quantized = convert(calibrate(observed, batches))
     sites = report(quantized, (batches or [example])[:_REPORTED_BATCHES])
     summary = {
@@ -144,7 +164,7 @@ def _quantize(options: argparse.Namespace) -> None:
         save_program(export(quantized, example, decompose=options.decompose), options.out, extra_files)
     else:
         save_pretrained(quantized, source.model, options.out, extra_files=extra_files)
-    _print(summary, options.json)
+    _print(_format(summary, options.json))
 
 
 def _is_program(path: Path) -> bool:
@@ -158,15 +178,12 @@ def _check_paths(options: argparse.Namespace) -> None:
         raise ValueError(f"--out {options.out}: a checkpoint needs a Hugging Face folder as MODEL; give a .pt2")
     if options.decompose and not is_program:
         raise ValueError(f"--decompose is for a .pt2, and --out {options.out} is a folder")
-    if is_program and options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a folder: expected a file")
-    if not is_program and options.out.is_file():
-        raise ValueError(f"--out {options.out} is a file: expected a folder, or a name that ends in .pt2")
-    if not is_program:
-        check_replaceable(options.out)
-    parent = options.out.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {options.out}: {parent} is no folder that can be written")
+    if is_program:
+        check_place(options.out, is_folder=False)
+        check_apart(options.out, options.model)
+    else:
+        check_replaceable(options.out, options.model)
+    options.before = _identify(options.out)
 
 
 def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
@@ -183,15 +200,15 @@ def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
     return check_batches(batches, source.program)
 
 
-def _make_config(options: argparse.Namespace) -> Any:
-    """The scheme as ``fxmse.prepare`` takes it."""
-    config = options.scheme
+def _make_config(options: argparse.Namespace) -> QuantizationConfig:
+    """The scheme, checked before anything is done."""
+    config: Config = options.scheme
     if options.ignore:
         if options.scheme not in PRESET_SCHEMES:
             raise ValueError("--ignore goes with a preset; a config file has an ignore list of its own")
         config = {"config_groups": {options.scheme: ["Linear"]}, "ignore": options.ignore}
     if options.observer is None:
-        return config
+        return resolve_config(config)
     if options.observer != "auto":
         return name_weight_observer(config, options.observer)
     return name_weight_observer(config, "exact_mse" if options.data is None else "output_mse")
@@ -211,16 +228,30 @@ def _inspect(options: argparse.Namespace) -> None:
         content = file.read_text() if file.is_file() else None
     if content is None:
         raise ValueError(f"{options.out} has no report: expected a .pt2 or a folder that fxmse quantize wrote")
-    _print(json.loads(content), options.json)
+    try:
+        summary = json.loads(content)
+        text = _format(summary, options.json)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{options.out} has a {REPORT_FILE} that fxmse did not write: quantize it again") from None
+    _print(text)
 
 
-def _print(summary: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(summary, indent=1))
-        return
+def _format(summary: dict[str, Any], as_json: bool) -> str:
     rows = [[site[column] for column in _COLUMNS] for site in summary["sites"]]
-    print(tabulate(rows, list(_COLUMNS.values()), floatfmt=("", "", "", "", ".3g", ".3g", ".1f", ".3f")))
-    print(f"\n{summary['model']} to {summary['out']}: {summary['scheme']}, {summary['batches']} batches")
+    table = tabulate(rows, list(_COLUMNS.values()), floatfmt=("", "", "", "", ".3g", ".3g", ".1f", ".3f"))
+    what = f"{summary['model']} to {summary['out']}: {summary['scheme']}, {summary['batches']} batches"
+    return json.dumps(summary, indent=1) if as_json else f"{table}\n\n{what}"
+
+
+def _print(text: str) -> None:
+    """Prints to stdout, whose reader may go when it has seen enough."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # What is still in the buffer would be tried again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, f"stdout: {error.strerror}") from None
 
 
 def _list_schemes(options: argparse.Namespace) -> None:
@@ -228,12 +259,16 @@ def _list_schemes(options: argparse.Namespace) -> None:
     for name in PRESET_SCHEMES:
         scheme = preset_name_to_scheme(name, ["Linear"])
         rows.append(
-            {"scheme": name, "weights": _describe(scheme.weights), "inputs": _describe(scheme.input_activations)}
+            {
+                "scheme": name,
+                "weights": _describe_args(scheme.weights),
+                "inputs": _describe_args(scheme.input_activations),
+            }
         )
-    print(json.dumps(rows, indent=1) if options.json else tabulate(rows, headers="keys"))
+    _print(json.dumps(rows, indent=1) if options.json else tabulate(rows, headers="keys"))
 
 
-def _describe(args: QuantizationArgs | None) -> str | None:
+def _describe_args(args: QuantizationArgs | None) -> str | None:
     return None if args is None else describe_format(args)
 
 

@@ -1,6 +1,8 @@
 """Configs to sites: which scheme each module gets, by compressed-tensors' own matching."""
 
+import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ __all__ = [
     "make_site",
     "match_schemes",
     "name_weight_observer",
+    "read_mapping",
     "resolve_config",
 ]
 
@@ -141,7 +144,8 @@ def resolve_config(config: Config) -> QuantizationConfig:
 
     Raises:
         ValueError: a preset that compressed-tensors does not have, a key or value that it does not take, a file that
-            cannot be read as a mapping, a config that quantizes nothing.
+            cannot be read as a mapping (what is wrong in a file is said with its name), a config that quantizes
+            nothing.
         TypeError: anything else.
     """
     if isinstance(config, str) and not config.endswith(_FILES):
@@ -152,7 +156,7 @@ def resolve_config(config: Config) -> QuantizationConfig:
             )
         config = preset_name_to_scheme(config, ["Linear"])
     elif isinstance(config, str | os.PathLike):
-        config = _read(Path(config))
+        return _resolve_file(Path(config))
     if isinstance(config, Mapping):
         config = _parse(config)
     if isinstance(config, QuantizationScheme):
@@ -167,7 +171,27 @@ def resolve_config(config: Config) -> QuantizationConfig:
             f"config_groups {list(config.config_groups)} quantize nothing: give weights, input_activations or "
             "output_activations, or a kv_cache_scheme"
         )
+    _check_patterns(config)
     return config
+
+
+def _resolve_file(path: Path) -> QuantizationConfig:
+    name = f"config={str(path)!r}"
+    fields = read_mapping(path, name=name)
+    try:
+        return resolve_config(fields)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _check_patterns(config: QuantizationConfig) -> None:
+    """Raises ValueError for a target or an ignore that is no regular expression, but shall be one."""
+    targets = [target for scheme in config.config_groups.values() for target in scheme.targets]
+    for pattern in (*targets, *(config.ignore or ())):
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r}: expected a regular expression behind re:, but {error}") from None
 
 
 def name_weight_observer(config: Config, name: str) -> QuantizationConfig:
@@ -183,18 +207,32 @@ def _is_empty(scheme: QuantizationScheme) -> bool:
     return not (scheme.weights or scheme.input_activations or scheme.output_activations)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_mapping(path: Path, *, name: str = "") -> Mapping[str, Any]:
+    """What a JSON file, or a YAML file by its ending, holds.
+
+    Raises:
+        ValueError: it cannot be read, or holds no mapping; names the file, as ``name`` if given.
+    """
+    name = name or str(path)
     try:
-        content = yaml.safe_load(path.read_text())  # JSON is YAML, too
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"config={str(path)!r} cannot be read: {error}") from None
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"config={str(path)!r}: expected a mapping of a config's fields, found {content!r}")
+        raise ValueError(f"{name}: expected a mapping, found {_abbreviate(content)}")
     return content
+
+
+def _abbreviate(content: object) -> str:
+    text = repr(content)
+    return text if len(text) < 50 else f"a {type(content).__name__}"
 
 
 def _parse(fields: Mapping[str, Any]) -> QuantizationConfig | QuantizationScheme:
     fields = fields.get("quantization_config", fields)
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"quantization_config is {_abbreviate(fields)}: expected a mapping of a config's fields")
     method = fields.get("quant_method") or _METHOD
     if method != _METHOD:
         raise ValueError(f"config has quant_method={method!r}: expected {_METHOD}, whose configs these are")

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from fxmse.calibration.merging import agree_on_weights, check_alike, describe, merge_states, share_searches
 from fxmse.calibration.observing import check_batches, get_probes, observe_batches, observe_weights
 from fxmse.calibration.ranks import Ranks, check_group
-from fxmse.capture.front_ends import capture, copy_graph_module
+from fxmse.capture.front_ends import capture, check_graph, copy_graph_module
 from fxmse.config import Config
 from fxmse.passes import FoldBatchNorm, FoldFakeQuant, InsertObservers
 from fxmse.passes.constants import find_free_weights, find_weights
@@ -102,22 +102,24 @@ def calibrate(
         RuntimeError: another rank failed, with its number and what it said; or its process ended, or did not answer
             in time.
     """
+    check_graph(observed, "fxmse.prepare")
     check_batches(batches)
     group = check_group(group)
     is_shown = progress and (group is None or group.rank() == 0)
-    bar = tqdm(batches, desc="calibrate", unit="batch", disable=not is_shown)
-    if group is None:
-        observe_weights(find_free_weights(observed))
-        num_batches = observe_batches(observed, bar, compile)
-    else:
-        with Ranks(group, timeout) as ranks:
-            check_alike(ranks, {"the call": "calibrate", **describe(observed)})
-            weights = find_free_weights(observed)
-            agree_on_weights(ranks, weights)
-            unknown = {probe: rows for probe, rows in weights.items() if not probe.knows(rows)}
-            share_searches(ranks, unknown, observe_weights)
-            run = functools.partial(observe_batches, observed, ranks.watch(bar), compile)
-            num_batches = merge_states(ranks, observed, run)
+    # Closed whatever happens, so that what is printed next begins a line of its own.
+    with tqdm(batches, desc="calibrate", unit="batch", disable=not is_shown) as bar:
+        if group is None:
+            observe_weights(find_free_weights(observed))
+            num_batches = observe_batches(observed, bar, compile)
+        else:
+            with Ranks(group, timeout) as ranks:
+                check_alike(ranks, {"the call": "calibrate", **describe(observed)})
+                weights = find_free_weights(observed)
+                agree_on_weights(ranks, weights)
+                unknown = {probe: rows for probe, rows in weights.items() if not probe.knows(rows)}
+                share_searches(ranks, unknown, observe_weights)
+                run = functools.partial(observe_batches, observed, ranks.watch(bar), compile)
+                num_batches = merge_states(ranks, observed, run)
     unseen = [probe.name for probe in get_probes(observed) if not probe.is_weight and not probe.has_statistics]
     if unseen:
         raise ValueError(
@@ -147,6 +149,7 @@ def convert(
             graphs or states differ.
         RuntimeError: as in :func:`calibrate`.
     """
+    check_graph(observed, "fxmse.prepare")
     get_probes(observed)
     if group := check_group(group):
         with Ranks(group, timeout) as ranks:
@@ -184,5 +187,6 @@ def quantize(
         fold_batch_norm=fold_batch_norm,
     )
     total = len(batches) if isinstance(batches, Sized) else None
-    bar = tqdm(itertools.chain(first, remaining), desc="calibrate", unit="batch", total=total, disable=not progress)
-    return convert(calibrate(observed, bar, compile=compile, progress=False))
+    shown = itertools.chain(first, remaining)
+    with tqdm(shown, desc="calibrate", unit="batch", total=total, disable=not progress) as bar:
+        return convert(calibrate(observed, bar, compile=compile, progress=False))

@@ -1,6 +1,5 @@
 """The qparams of a compressed-tensors checkpoint, in place of a calibration."""
 
-import json
 import os
 import re
 from collections import defaultdict
@@ -15,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxmse.capture.front_ends import check_graph
+from fxmse.inputs.shards import list_shards
 from fxmse.observers.base import QPARAMS
 from fxmse.passes.constants import find_weights
 from fxmse.passes.probe import Probe, find_probes
@@ -45,6 +46,7 @@ def load_qparams(observed: GraphModule, path: str | os.PathLike[str]) -> GraphMo
             shape, and qparams it has for values that are not observed (all are named); readers of one value whose
             qparams differ. The graph is as it was.
     """
+    check_graph(observed, "fxmse.prepare")
     tensors = dict(_read_tensors(Path(path)))
     probes = list(dict.fromkeys(probe for _, probe in find_probes(observed)))
     if not probes:
@@ -75,15 +77,11 @@ def load_qparams(observed: GraphModule, path: str | os.PathLike[str]) -> GraphMo
 
 
 def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a checkpoint, of one file or several."""
-    files = [folder / "model.safetensors"]
+    """All tensors of a checkpoint."""
     try:
-        if (index := folder / "model.safetensors.index.json").exists():
-            names = json.loads(index.read_text())["weight_map"].values()
-            files = [folder / name for name in sorted(set(names))]
-        for file in files:
+        for file in list_shards(folder):
             yield from load_file(file).items()
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{folder} cannot be read as a checkpoint of safetensors: {error}") from None
 
 

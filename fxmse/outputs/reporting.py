@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from fxmse.calibration.buffers import own_buffers
 from fxmse.capture.attributes import get_attribute
-from fxmse.capture.front_ends import copy_graph_module, split_inputs
+from fxmse.capture.front_ends import check_graph, copy_graph_module, split_inputs
 from fxmse.observers.base import Observer
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
 from fxmse.passes.fold_fake_quant import SITES_KEY
@@ -62,6 +62,7 @@ def report(quantized: GraphModule, batches: Iterable[Any]) -> list[SiteReport]:
     Raises:
         ValueError: a graph without fake-quantize nodes, or no batches.
     """
+    check_graph(quantized, "fxmse.convert")
     watched = copy_graph_module(quantized)
     OpenRegions()(watched)
     recorders = []
