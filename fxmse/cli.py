@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     options = _make_parser().parse_args(arguments)
     try:
-        options.run(options)
+        with _quiet_logs(options):
+            options.run(options)
     except KeyboardInterrupt:
         print(f"fxmse: interrupted; {_tell_written(options)}", file=sys.stderr)
         return 130
@@ -67,6 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fxmse: error: {_describe(error)} (--debug shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _quiet_logs(options: argparse.Namespace) -> Iterator[None]:
+    """Has libraries log no errors of their own within a ``with`` block: each is raised, too, and said in one line."""
+    before = logging.root.manager.disable
+    if not options.debug:
+        logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _describe(error: Exception) -> str:
@@ -148,9 +163,10 @@ def _quantize(options: argparse.Namespace) -> None:
     source = load_source(options.model)
     batches = _read_batches(options, source)
     example = batches[0] if batches else source.make_example()
-    observed = prepare(source.module, config, example)
-    quantized = convert(calibrate(observed, batches))
-    sites = report(quantized, (batches or [example])[:_REPORTED_BATCHES])
+    with _name_data(options):
+        observed = prepare(source.module, config, example)
+        quantized = convert(calibrate(observed, batches))
+        sites = report(quantized, (batches or [example])[:_REPORTED_BATCHES])
     summary = {
         "model": str(options.model),
         "scheme": options.scheme,
@@ -165,6 +181,19 @@ def _quantize(options: argparse.Namespace) -> None:
     else:
         save_pretrained(quantized, source.model, options.out, extra_files=extra_files)
     _print(_format(summary, options.json))
+
+
+@contextmanager
+def _name_data(options: argparse.Namespace) -> Iterator[None]:
+    """Raises ValueError for what a model, or torch, says of data that does not fit: of which, they do not know."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        what = f"{options.model} with {options.data or 'its example inputs'}"
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
 def _is_program(path: Path) -> bool:
@@ -221,11 +250,12 @@ def _as_json(site: Any) -> dict[str, Any]:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    content: str | bytes | None
     if _is_program(options.out):
         content = load_program(options.out)[1].get(REPORT_FILE)
     else:
         file = options.out / REPORT_FILE
-        content = file.read_text() if file.is_file() else None
+        content = file.read_bytes() if file.is_file() else None
     if content is None:
         raise ValueError(f"{options.out} has no report: expected a .pt2 or a folder that fxmse quantize wrote")
     try:

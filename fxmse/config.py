@@ -21,6 +21,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_range
 from compressed_tensors.utils.match import is_match, match_targets
+from pydantic import ValidationError
 from torch import nn
 
 from fxmse.formats.grids import Format
@@ -253,6 +254,9 @@ def _parse(fields: Mapping[str, Any]) -> QuantizationConfig | QuantizationScheme
         )
     try:
         return parsed.model_validate(fields)
+    except ValidationError as error:
+        found = (f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
+        raise ValueError(f"config: {'; '.join(found)}") from None
     except (NotImplementedError, KeyError) as error:  # pydantic passes these on
         raise ValueError(f"config: {error}") from None
 

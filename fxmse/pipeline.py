@@ -20,6 +20,7 @@ from fxmse.config import Config
 from fxmse.passes import FoldBatchNorm, FoldFakeQuant, InsertObservers
 from fxmse.passes.constants import find_free_weights, find_weights
 from fxmse.passes.finishing import finish_weights
+from fxmse.passes.probe import check_unobserved
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -53,8 +54,9 @@ def prepare(
         what runs through it.
 
     Raises:
-        ValueError: a config that matches nothing or does not fit; a graph that was quantized already.
+        ValueError: a config that matches nothing or does not fit; a graph that has observers, or was quantized already.
     """
+    check_unobserved(model)
     observed = capture(model, example_inputs, dynamic_shapes)
     if fold_batch_norm:
         FoldBatchNorm()(observed)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def _read_tensors(path: Path, batch_size: int) -> Iterator[Batch]:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except Exception as error:  # torch.load's unpickler and zip reader raise many
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch says at length how to run what is in the file
+            reason = "it holds other objects, or none"
         raise ValueError(f"{path} cannot be read as tensors alone (torch.load, weights_only): {reason}") from None
     if isinstance(content, list):
         for batch in content:

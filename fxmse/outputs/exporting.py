@@ -18,6 +18,7 @@ from fxmse.capture.exporting import export_module
 from fxmse.capture.front_ends import check_graph, split_inputs
 from fxmse.ops import DECOMPOSITIONS
 from fxmse.outputs.files import replace_file
+from fxmse.passes.probe import check_unobserved
 
 __all__ = ["export", "save_program"]
 
@@ -34,8 +35,12 @@ def export(
             batch alone.
         decompose: whether fake-quantize nodes become the arithmetic they stand for, so that a process that loads the
             program needs torch alone. Otherwise it imports ``fxmse.ops`` first, and finds one node a site.
+
+    Raises:
+        ValueError: a model, or a graph that still has observers.
     """
     check_graph(quantized, "fxmse.convert")
+    check_unobserved(quantized)  # which torch.export would show values that are none
     args, kwargs = split_inputs(example_inputs)
     program = export_module(quantized, args, kwargs, dynamic_shapes)
     return _decompose(program) if decompose else program

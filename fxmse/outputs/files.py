@@ -5,7 +5,7 @@ import errno
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fxmse.outputs.workplaces import MOVED_ASIDE, make_workplace
@@ -58,7 +58,8 @@ def replace_folder(path: Path) -> Iterator[Path]:
             old = work / MOVED_ASIDE
             os.rename(path, old)
             os.rename(new, path)
-            os.rename(old, new)  # it is about to be removed, and no longer what would have to go back
+            with suppress(OSError):  # the work is done
+                os.rename(old, new)  # it is about to be removed, and no longer what would have to go back
         _flush_replaced(path)
 
 
@@ -88,11 +89,12 @@ def check_place(path: Path, *, is_folder: bool) -> None:
 
 
 def check_apart(path: Path, source: Path) -> None:
-    """Raises ValueError where one of two paths is the other, or in it, however they are spelt."""
-    path, source = path.resolve(), source.resolve()
-    for inner, outer in ((path, source), (source, path)):
+    """Raises ValueError where what is read is at ``path``, or in it, or around it, however both are spelt."""
+    place, read = path.resolve(), source.resolve()
+    for inner, outer, relation in ((place, read, "in"), (read, place, "around")):
         if any(_is_same(folder, outer) for folder in (inner, *inner.parents)):
-            raise ValueError(f"{path} and {source}, which is read, are one or in one another: choose another path")
+            relation = "the same as" if _is_same(place, read) else relation
+            raise ValueError(f"{path} is {relation} {source}, which is read: choose a path beside it")
 
 
 def _is_same(path: Path, other: Path) -> bool:

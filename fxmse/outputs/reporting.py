@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmse.calibration.buffers import own_buffers
+from fxmse.calibration.observing import check_batches
 from fxmse.capture.attributes import get_attribute
 from fxmse.capture.front_ends import check_graph, copy_graph_module, split_inputs
 from fxmse.observers.base import Observer
@@ -60,9 +61,10 @@ def report(quantized: GraphModule, batches: Iterable[Any]) -> list[SiteReport]:
         One report a node, in the graph's order.
 
     Raises:
-        ValueError: a graph without fake-quantize nodes, or no batches.
+        ValueError: a model, a graph without fake-quantize nodes, or no batches, or a single one.
     """
     check_graph(quantized, "fxmse.convert")
+    check_batches(batches)
     watched = copy_graph_module(quantized)
     OpenRegions()(watched)
     recorders = []

@@ -42,7 +42,8 @@ def make_workplace(path: Path) -> Iterator[Path]:
         yield work
     finally:
         _clear(work, path)
-        os.close(lock)
+        with suppress(OSError):  # the work is done
+            os.close(lock)
 
 
 def _make_locked(path: Path) -> tuple[Path, int]:
