@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from compressed_tensors.utils import match_named_modules
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -94,7 +95,10 @@ def save_pretrained(
     compressor.compress_model(prepared)
     _warn_of_dtype(prepared)
     with replace_folder(Path(path)) as folder:
-        prepared.save_pretrained(folder)
+        try:
+            prepared.save_pretrained(folder)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
         compressor.update_config(str(folder))
         if model.name_or_path:
             _copy_tokenizer(Path(model.name_or_path), folder)

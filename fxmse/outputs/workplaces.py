@@ -34,12 +34,16 @@ def make_workplace(path: Path) -> Iterator[Path]:
         path: what is to be replaced, resolved.
 
     Raises:
-        OSError: the folder of ``path`` cannot be written.
+        OSError: the folder of ``path`` cannot be written. An OSError of the ``with`` block gets a name if it has none.
     """
     _clear_left(path)
     work, lock = _make_locked(path)
     try:
         yield work
+    except OSError as error:
+        if error.errno is not None:  # a write does not know of what
+            error.filename = error.filename or str(path)
+        raise
     finally:
         _clear(work, path)
         with suppress(OSError):  # the work is done
