@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from fxmse.inputs.models import Source, load_source
 from fxmse.inputs.programs import load_program
 from fxmse.outputs.checkpoint import check_replaceable, check_saveable, find_tied, save_pretrained
 from fxmse.outputs.exporting import export, save_program
+from fxmse.outputs.files import check_apart, check_place
 from fxmse.outputs.reporting import SiteReport, describe_format, report
 from fxmse.outputs.space import check_space, estimate_checkpoint, estimate_program
 from fxmse.outputs.summaries import COLUMNS, as_json, format_sites
@@ -51,18 +54,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     options = _make_parser().parse_args(arguments)
     try:
-        options.run(options)
+        with _quiet_logs(options):
+            options.run(options)
     except KeyboardInterrupt:
-        print("fxmse: interrupted; nothing was written", file=sys.stderr)
+        print(f"fxmse: interrupted; {_tell_written(options)}", file=sys.stderr)
         return 130
     except Exception as error:
         if options.debug:
             raise
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        reason = " ".join(str(error).split())
-        print(f"fxmse: error: {kind}{reason or type(error).__name__} (--debug shows where)", file=sys.stderr)
+        print(f"fxmse: error: {_describe(error)} (--debug shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _quiet_logs(options: argparse.Namespace) -> Iterator[None]:
+    """Has libraries log no errors of their own within a ``with`` block: each is raised, too, and said in one line."""
+    before = logging.root.manager.disable
+    if not options.debug:
+        logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _describe(error: Exception) -> str:
+    """An error in one line."""
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split()) or type(error).__name__}"
+
+
+def _tell_written(options: argparse.Namespace) -> str:
+    """What an interrupted command left at ``--out``: nothing new, or all of it."""
+    is_written = "before" in options and _identify(options.out) != options.before
+    return f"{options.out} was written" if is_written else "nothing was written"
+
+
+def _identify(path: Path) -> tuple[int, int] | None:
+    """What is at a path, told apart from what takes its place."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -164,10 +198,11 @@ def _quantize(options: argparse.Namespace) -> None:
         config = _ignore_tied(config, source.model)
     batches = _read_batches(options, source)
     example = batches[0] if batches else _move(source.make_example(), options.device)
-    observed = prepare(source.module, config, example)
-    _check_output(options, observed, source)
-    quantized = convert(calibrate(observed, batches))
-    sites = _report(quantized, options.report, (batches or [example])[:_REPORTED_BATCHES])
+    with _name_data(options):
+        observed = prepare(source.module, config, example)
+        _check_output(options, observed, source)
+        quantized = convert(calibrate(observed, batches))
+        sites = _report(quantized, options.report, (batches or [example])[:_REPORTED_BATCHES])
     summary = {
         "model": str(options.model),
         "scheme": options.scheme,
@@ -183,7 +218,20 @@ def _quantize(options: argparse.Namespace) -> None:
         save_program(program, options.out, extra_files)
     else:
         save_pretrained(quantized, source.model, options.out, extra_files=extra_files)
-    _print(summary, options.json)
+    _print(_format(summary, options.json))
+
+
+@contextmanager
+def _name_data(options: argparse.Namespace) -> Iterator[None]:
+    """Raises ValueError for what a model, or torch, says of data that does not fit: of which, they do not know."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        what = f"{options.model} with {options.data or 'its example inputs'}"
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
 def _report(quantized: GraphModule, kind: str, batches: list[Any]) -> list[SiteReport]:
@@ -229,15 +277,12 @@ def _check_paths(options: argparse.Namespace) -> None:
         raise ValueError(f"--out {options.out}: a checkpoint needs a Hugging Face folder as MODEL; give a .pt2")
     if options.decompose and not is_program:
         raise ValueError(f"--decompose is for a .pt2, and --out {options.out} is a folder")
-    if is_program and options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a folder: expected a file")
-    if not is_program and options.out.is_file():
-        raise ValueError(f"--out {options.out} is a file: expected a folder, or a name that ends in .pt2")
-    if not is_program:
-        check_replaceable(options.out)
-    parent = options.out.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {options.out}: {parent} is no folder that can be written")
+    if is_program:
+        check_place(options.out, is_folder=False)
+        check_apart(options.out, options.model)
+    else:
+        check_replaceable(options.out, options.model)
+    options.before = _identify(options.out)
 
 
 def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
@@ -260,22 +305,23 @@ def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
     return check_batches(batches, source.program)
 
 
-def _make_config(options: argparse.Namespace) -> Config:
-    """The scheme as ``fxmse.prepare`` takes it."""
-    config = options.scheme
+def _make_config(options: argparse.Namespace) -> QuantizationConfig:
+    """The scheme, checked before anything is done."""
+    config: Config = options.scheme
     if options.ignore:
         if options.scheme not in PRESET_SCHEMES:
             raise ValueError("--ignore goes with a preset; a config file has an ignore list of its own")
         config = {"config_groups": {options.scheme: ["Linear"]}, "ignore": options.ignore}
     name = options.observer
     if name is None and options.observer_kwargs is None:
-        return config
+        return resolve_config(config)
     if name == "auto":
         name = "exact_mse" if options.data is None else "output_mse"
     return name_weight_observer(config, name, options.observer_kwargs)
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    content: str | bytes | None
     if _is_program(options.out):
         content = load_program(options.out)[1].get(REPORT_FILE)
     else:
@@ -284,7 +330,7 @@ def _inspect(options: argparse.Namespace) -> None:
         content = read_text(file) if file.exists() else None
     if content is None:
         raise ValueError(f"{options.out} has no report: expected a .pt2 or a folder that fxmse quantize wrote")
-    _print(_parse_report(content, options.out), options.json, show_all=options.all)
+    _print(_format(_parse_report(content, options.out), options.json, show_all=options.all))
 
 
 def _parse_report(content: str, path: Path) -> dict[str, Any]:
@@ -294,18 +340,30 @@ def _parse_report(content: str, path: Path) -> dict[str, Any]:
         sites = [[site[column] for column in COLUMNS] for site in summary["sites"]]
         facts = [summary[key] for key in ("model", "out", "scheme", "batches")]
     except (TypeError, KeyError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path} has a report that cannot be read ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{path} has a {REPORT_FILE} that cannot be read ({type(error).__name__}: {error}): quantize it again"
+        ) from None
     if not all(isinstance(value, str | int | float | None) for row in (*sites, facts) for value in row):
-        raise ValueError(f"{path} has a report that cannot be read: expected strings and numbers")
+        raise ValueError(f"{path} has a {REPORT_FILE} that fxmse did not write: quantize it again")
     return summary
 
 
-def _print(summary: dict[str, Any], as_json: bool, *, show_all: bool = False) -> None:
+def _format(summary: dict[str, Any], as_json: bool, *, show_all: bool = False) -> str:
     if as_json:
-        print(json.dumps(summary, indent=1))
-        return
-    print(format_sites(summary["sites"], show_all=show_all))
-    print(f"\n{summary['model']} to {summary['out']}: {summary['scheme']}, {summary['batches']} batches")
+        return json.dumps(summary, indent=1)
+    what = f"{summary['model']} to {summary['out']}: {summary['scheme']}, {summary['batches']} batches"
+    return f"{format_sites(summary['sites'], show_all=show_all)}\n\n{what}"
+
+
+def _print(text: str) -> None:
+    """Prints to stdout, whose reader may go when it has seen enough."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # What is still in the buffer would be tried again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, f"stdout: {error.strerror}") from None
 
 
 def _list_schemes(options: argparse.Namespace) -> None:
@@ -313,12 +371,16 @@ def _list_schemes(options: argparse.Namespace) -> None:
     for name in PRESET_SCHEMES:
         scheme = preset_name_to_scheme(name, ["Linear"])
         rows.append(
-            {"scheme": name, "weights": _describe(scheme.weights), "inputs": _describe(scheme.input_activations)}
+            {
+                "scheme": name,
+                "weights": _describe_args(scheme.weights),
+                "inputs": _describe_args(scheme.input_activations),
+            }
         )
-    print(json.dumps(rows, indent=1) if options.json else tabulate(rows, headers="keys"))
+    _print(json.dumps(rows, indent=1) if options.json else tabulate(rows, headers="keys"))
 
 
-def _describe(args: QuantizationArgs | None) -> str | None:
+def _describe_args(args: QuantizationArgs | None) -> str | None:
     return None if args is None else describe_format(args)
 
 

@@ -20,6 +20,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_range
 from compressed_tensors.utils.match import is_match, match_targets
+from pydantic import ValidationError
 from torch import nn
 
 from fxmse.formats.grids import Format
@@ -238,6 +239,11 @@ def _parse_text(text: str) -> Mapping[str, Any]:
     return content
 
 
+def _abbreviate(content: object) -> str:
+    text = repr(content)
+    return text if len(text) < 50 else f"a {type(content).__name__}"
+
+
 def _parse(fields: Mapping[str, Any]) -> QuantizationConfig | QuantizationScheme:
     fields = fields.get("quantization_config", fields)
     if not isinstance(fields, Mapping):
@@ -262,6 +268,9 @@ def _parse(fields: Mapping[str, Any]) -> QuantizationConfig | QuantizationScheme
         )
     try:
         return parsed.model_validate(fields)
+    except ValidationError as error:
+        found = (f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
+        raise ValueError(f"config: {'; '.join(found)}") from None
     except (NotImplementedError, KeyError) as error:  # pydantic passes these on
         raise ValueError(f"config: {error}") from None
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from datetime import timedelta
 from operator import length_hint
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,12 @@ from fxmse.calibration.observing import check_batches, check_seen, get_probes, o
 from fxmse.calibration.progress import Peeked, show_batches, visit_weights
 from fxmse.calibration.ranks import Ranks, check_group
 from fxmse.capture.evaluation import refuse_training
-from fxmse.capture.front_ends import capture, copy_graph_module
+from fxmse.capture.front_ends import capture, check_graph, copy_graph_module
 from fxmse.config import Config
 from fxmse.passes import FoldBatchNorm, FoldFakeQuant, InsertObservers
 from fxmse.passes.constants import find_free_weights, find_weights
 from fxmse.passes.finishing import finish_weights
-from fxmse.passes.probe import Probe
+from fxmse.passes.probe import Probe, check_unobserved
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,8 +56,9 @@ def prepare(
         what runs through it.
 
     Raises:
-        ValueError: a config that matches nothing or does not fit; a graph that was quantized already.
+        ValueError: a config that matches nothing or does not fit; a graph that has observers, or was quantized already.
     """
+    check_unobserved(model)
     observed = capture(model, example_inputs, dynamic_shapes)
     if fold_batch_norm:
         FoldBatchNorm()(observed)
@@ -107,25 +109,27 @@ def calibrate(
         RuntimeError: another rank failed, with its number and what it said; or its process ended, or did not answer
             in time.
     """
+    check_graph(observed, "fxmse.prepare")
     check_batches(batches)
     refuse_training(observed, "Make the observed graph with fxmse.prepare, or trace the model after model.eval()")
     group = check_group(group)
     is_shown = progress and (group is None or group.rank() == 0)
-    bar = show_batches(batches, is_shown)
-    if group is None:
-        if length_hint(batches, 1) == 0:
-            check_seen(observed, 0)  # before the search
-        observe_weights(find_free_weights(observed), is_shown)
-        num_batches = observe_batches(observed, bar, compile)
-    else:
-        with Ranks(group, timeout) as ranks:
-            check_alike(ranks, {"the call": "calibrate", **describe(observed)})
-            weights = find_free_weights(observed)
-            agree_on_weights(ranks, weights)
-            unknown = {probe: rows for probe, rows in weights.items() if not probe.knows(rows)}
-            share_searches(ranks, unknown, functools.partial(observe_weights, is_shown=is_shown))
-            run = functools.partial(observe_batches, observed, ranks.watch(bar), compile)
-            num_batches = merge_states(ranks, observed, run)
+    # Closed whatever happens, so that what is printed next begins a line of its own.
+    with closing(show_batches(batches, is_shown)) as bar:
+        if group is None:
+            if length_hint(batches, 1) == 0:
+                check_seen(observed, 0)  # before the search
+            observe_weights(find_free_weights(observed), is_shown)
+            num_batches = observe_batches(observed, bar, compile)
+        else:
+            with Ranks(group, timeout) as ranks:
+                check_alike(ranks, {"the call": "calibrate", **describe(observed)})
+                weights = find_free_weights(observed)
+                agree_on_weights(ranks, weights)
+                unknown = {probe: rows for probe, rows in weights.items() if not probe.knows(rows)}
+                share_searches(ranks, unknown, functools.partial(observe_weights, is_shown=is_shown))
+                run = functools.partial(observe_batches, observed, ranks.watch(bar), compile)
+                num_batches = merge_states(ranks, observed, run)
     check_seen(observed, num_batches)
     return observed
 
@@ -156,6 +160,7 @@ def convert(
             graphs or states differ.
         RuntimeError: as in :func:`calibrate`.
     """
+    check_graph(observed, "fxmse.prepare")
     probes = get_probes(observed)
     group = check_group(group)
     is_shown = progress and (group is None or group.rank() == 0)

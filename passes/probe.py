@@ -18,6 +18,7 @@ from fxmse.passes.weight_view import WeightView
 
 __all__ = [
     "Probe",
+    "check_unobserved",
     "find_inputs",
     "find_probe",
     "find_probes",
@@ -252,6 +253,12 @@ def find_probes(graph_module: GraphModule) -> Iterator[tuple[Node, Probe]]:
         for node in graph.graph.nodes:
             if probe := find_probe(graph, node):
                 yield node, probe
+
+
+def check_unobserved(model: object) -> None:
+    """Raises ValueError for a graph that has observers."""
+    if isinstance(model, GraphModule) and any(True for _ in find_probes(model)):
+        raise ValueError("the graph has observers already: calibrate it, and fold it with fxmse.convert")
 
 
 def find_inputs(graph_module: GraphModule) -> Iterator[tuple[Node, Inputs]]:

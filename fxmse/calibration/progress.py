@@ -1,7 +1,7 @@
 """Progress bars: over weights by their elements, and over batches."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -23,7 +23,7 @@ def visit_weights(weights: Mapping[Probe, Tensor], visit: Callable[[Probe, Tenso
             bar.update(rows.numel())
 
 
-def show_batches(batches: Iterable[T], is_shown: bool) -> Iterator[T]:
+def show_batches(batches: Iterable[T], is_shown: bool) -> Generator[T]:
     """The batches, beside a bar whose clock starts once the first is asked for."""
     yield from tqdm(batches, desc="calibrate", unit="batch", disable=not is_shown)
 

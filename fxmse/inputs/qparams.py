@@ -12,6 +12,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxmse.capture.front_ends import check_graph
 from fxmse.inputs.folders import list_weight_files, load_safetensors
 from fxmse.observers.base import QPARAMS
 from fxmse.passes.constants import find_weights
@@ -43,6 +44,7 @@ def load_qparams(observed: GraphModule, path: str | os.PathLike[str]) -> GraphMo
             shape, and qparams it has for values that are not observed (all are named); readers of one value whose
             qparams differ. The graph is as it was.
     """
+    check_graph(observed, "fxmse.prepare")
     tensors = dict(_read_tensors(Path(path)))
     probes = list(dict.fromkeys(probe for _, probe in find_probes(observed)))
     if not probes:

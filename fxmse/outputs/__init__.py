@@ -1,5 +1,6 @@
 """Ways out of a folded graph, a file each.
 
+- ``workplaces``: where they are written, and what a killed run left there.
 - ``files``: files and folders that are there whole or not at all.
 - ``exporting``: torch.export programs.
 - ``space``: how large what is written will be, and whether there is room for it.

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 import warnings
 from collections import defaultdict
@@ -18,15 +19,16 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 from compressed_tensors.utils import match_named_modules
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import get_attribute
-from fxmse.capture.front_ends import copy_graph_module
+from fxmse.capture.front_ends import check_graph, copy_graph_module
 from fxmse.config import CONFIG_KEY
 from fxmse.observers.base import QPARAMS
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
-from fxmse.outputs.files import replace_folder
+from fxmse.outputs.files import check_apart, check_place, replace_folder
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
 from fxmse.passes.probe import find_probes
@@ -48,6 +50,10 @@ _TOKENIZER_FILES = (
     "chat_template*",
     "*processor_config.json",
 )
+# What a checkpoint is made of. All else in a folder was put there by somebody: it stays.
+_OWN_FILES = re.compile(
+    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|fxmse_report\.json"
+)
 
 
 @torch.no_grad()
@@ -67,19 +73,22 @@ def save_pretrained(
     Args:
         quantized: a folded graph of ``model``, from ``fxmse.convert``.
         model: the float model, a ``transformers.PreTrainedModel``; not changed, and its parameters are not copied.
-        path: the folder; a quantized checkpoint that is there is replaced once the new one is complete.
+        path: the folder; a quantized checkpoint that is there is replaced once the new one is complete. Files in it
+            that are no part of a checkpoint stay.
         extra_files: the contents of more files for it, by name.
 
     Raises:
         ValueError: another kind of model; a graph that was not folded; values that such a checkpoint cannot hold
             (weights of experts and convolutions, outputs of functions; all are named; tied weights); shapes that do
-            not fit; a folder that holds something else than a quantized checkpoint.
+            not fit; a folder that holds something else than a quantized checkpoint, or the float model, or that cannot
+            be replaced (a symbolic link, a file, a mount).
         OSError: the folder cannot be written; what was there before still is.
     """
     from compressed_tensors.compressors import ModelCompressor
 
+    check_graph(quantized, "fxmse.convert")
     _check_model(model)
-    check_replaceable(Path(path))
+    check_replaceable(Path(path), str(model.name_or_path or ""))
     sites = _read_sites(quantized)
     config = quantized.meta.get(CONFIG_KEY)
     if not sites or config is None:
@@ -90,12 +99,17 @@ def save_pretrained(
     compressor.compress_model(prepared)
     _warn_of_dtype(prepared)
     with replace_folder(Path(path)) as folder:
-        prepared.save_pretrained(folder)
+        try:
+            prepared.save_pretrained(folder)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
         compressor.update_config(str(folder))
         if model.name_or_path:
             _copy_tokenizer(Path(str(model.name_or_path)), folder)
         for name, content in (extra_files or {}).items():
             (folder / name).write_text(content)
+        if os.path.exists(path):
+            _keep_others(Path(path), folder)
 
 
 def check_saveable(observed: GraphModule, model: nn.Module) -> None:
@@ -160,13 +174,50 @@ def _foresee_qparams(args: QuantizationArgs) -> list[str]:
     return ["scale", *(["global_scale"] if has_global else []), *([] if args.symmetric else ["zero_point"])]
 
 
-def check_replaceable(path: Path) -> None:
-    """Raises ValueError where saving would remove what it did not write, such as the float model."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
+def check_replaceable(path: Path, source: str | os.PathLike[str]) -> None:
+    """Raises ValueError where saving would fail, or remove what it did not write, such as the float model.
+
+    Args:
+        path: where the checkpoint shall be.
+        source: where the float model is from, if that is a folder.
+    """
+    check_place(path, is_folder=True)
+    if path.exists() and any(path.iterdir()):
+        _check_quantized(path)
+    if os.path.isdir(source):
+        check_apart(path, Path(source))
+
+
+def _check_quantized(path: Path) -> None:
+    """Raises ValueError for a folder that holds something else than a checkpoint of compressed-tensors."""
     config = path / "config.json"
-    if not config.is_file() or "quantization_config" not in read_json(config):
+    found = read_json(config).get("quantization_config") if config.is_file() else None
+    if not isinstance(found, Mapping):
         raise ValueError(f"{path} exists and holds no quantized checkpoint: choose a new folder, or empty it")
+    if found.get("quant_method", "compressed-tensors") != "compressed-tensors":
+        raise ValueError(
+            f"{path} holds a checkpoint of {found['quant_method']}, which fxmse did not write: choose a new folder, or "
+            "empty it"
+        )
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Links what is in the old folder beside a checkpoint into the new one; what that has itself goes first."""
+    for entry in old.iterdir():
+        target = new / entry.name
+        if _OWN_FILES.fullmatch(entry.name) or os.path.lexists(target):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, target, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, target)
+
+
+def _link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links, or another one
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _list_tied(model: nn.Module) -> Iterator[list[str]]:

@@ -14,8 +14,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxmse.calibration.buffers import own_buffers
+from fxmse.calibration.observing import check_batches
 from fxmse.capture.attributes import get_attribute
-from fxmse.capture.front_ends import copy_graph_module, split_inputs
+from fxmse.capture.front_ends import check_graph, copy_graph_module, split_inputs
 from fxmse.observers.base import Observer
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE, is_fake_quantize
 from fxmse.outputs.noise import Noise, find_scale, measure_weight, sum_noise
@@ -69,8 +70,10 @@ def report(quantized: GraphModule, batches: Iterable[Any] | None = None) -> list
         One report a node, in the graph's order.
 
     Raises:
-        ValueError: a graph without fake-quantize nodes, or no batches.
+        ValueError: a model, a graph without fake-quantize nodes, or no batches, or a single one.
     """
+    check_graph(quantized, "fxmse.convert")
+    check_batches(batches)
     watched = copy_graph_module(quantized)
     OpenRegions()(watched)
     reports: list[SiteReport | _Recorder] = []
