@@ -57,7 +57,7 @@ class InsertObservers(GraphPass):
     5. Readers of the value that are not sites keep reading it as it is.
     6. A value that has a probe already is left alone.
     7. The weights of linears that read the same value share their global scale, where they have one: a runtime fuses
-       them (q/k/v, gate/up).
+       them (q/k/v, gate/up). Those of experts share one an expert.
     8. A dynamic value's probe observes nothing; it holds the place of the fake-quantize node to be.
     9. A weight whose observer asks for it (``imatrix_mse``, ``output_mse``) gets a node on the values that its op
        reads, which shows them to what is kept of them; weights that read the same values share it.
@@ -206,7 +206,8 @@ def _identify_fused(read: Read) -> object:
         return None
     operand = read.operation.operands[0]
     value = skip_probes(read.graph_module, operand.argument.get(operand.reader))
-    return value, args.num_bits, args.type, args.group_size, args.scale_dtype
+    matrices = read.weight.view.shape[:-2] if read.weight.view.layout in ("rows", "columns") else ()
+    return value, matrices, args.num_bits, args.type, args.group_size, args.scale_dtype
 
 
 def _share_across(graph_module: GraphModule, plan: list[_Observation], names: tuple[str, ...]) -> None:

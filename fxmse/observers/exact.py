@@ -19,7 +19,7 @@ from fxmse.search.global_scale import find_global_range
 from fxmse.search.optimum import find_optimum
 from fxmse.search.options import check_argument
 from fxmse.search.power import AbsolutePower
-from fxmse.search.tiles import Range, cover_ranges, measure_range
+from fxmse.search.tiles import Range, cover_ranges, measure_range, search_matrices
 
 __all__ = ["ExactMSEObserver", "ExactMSEOptions"]
 
@@ -110,15 +110,20 @@ class ExactMSEObserver(InputAwareObserver):
         """The best range of each of a weight's groups."""
         if torch.compiler.is_compiling() and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure(value, global_scale, self._spec))
-        return find_optimum(
-            value,
-            self.format,
-            self.layout,
-            self.options.power,
-            global_scale=global_scale,
-            importance=self.find_importance(value),
-            negative_scale=self.takes_negative_scales,
-        )
+        importance = self.find_importance(value)
+
+        def search(value: Tensor, global_scale: Tensor | None) -> Range:
+            return find_optimum(
+                value,
+                self.format,
+                self.layout,
+                self.options.power,
+                global_scale=global_scale,
+                importance=importance,
+                negative_scale=self.takes_negative_scales,
+            )
+
+        return search_matrices(search, value, self.layout, global_scale)
 
     def measure_global(self, value: Tensor) -> Range:
         """The range that a weight's best global scale follows from; of a local value all of it."""
@@ -126,7 +131,7 @@ class ExactMSEObserver(InputAwareObserver):
             return measure_range(value, self.layout.as_one_group())
         if torch.compiler.is_compiling() and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure_global(value, self._spec))
-        return find_global_range([value], self.format, self.layout, self.options.power, [self.find_importance(value)])
+        return self.find_shared_global_range([self], [value])
 
     def accumulate(self, old: Range | None, new: Range) -> Range:
         """The newest range; of a local value that which covers both."""
