@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from fxmse.capture.attributes import get_attribute
 from fxmse.capture.front_ends import copy_graph_module
 from fxmse.config import CONFIG_KEY
 from fxmse.observers.base import QPARAMS
-from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
+from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE, is_fake_quantize
+from fxmse.outputs.experts import Sites, split_experts
 from fxmse.outputs.files import replace_folder
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
@@ -73,17 +74,22 @@ def save_pretrained(
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: expected a transformers.PreTrainedModel")
     check_replaceable(Path(path))
-    sites = _read_sites(quantized)
+    sites, blocks = _read_sites(quantized)
     config = quantized.meta.get(CONFIG_KEY)
     if not sites or config is None:
         raise ValueError("the graph has no fake-quantize nodes that fxmse folded: make it with fxmse.convert")
     prepared = _share_parameters(model)
+    ignored = config.ignore or []
+    sites, config = split_experts(prepared, sites, blocks, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matches nothing was named when observers were inserted
         apply_quantization_config(prepared, _ignore_untouched(config, prepared, sites), show_progress=False)
     _check_untied(prepared, sites)
     _set_qparams(prepared, sites)
     compressor = ModelCompressor.from_pretrained_model(prepared)
+    if compressor.quantization_config:
+        # It lists modules, and experts that stay in float are none.
+        compressor.quantization_config.ignore += [name for name in config.ignore or [] if name not in ignored]
     compressor.compress_model(prepared)
     _warn_of_dtype(prepared)
     with replace_folder(Path(path)) as folder:
@@ -117,9 +123,10 @@ def _check_untied(model: nn.Module, sites: Mapping[str, object]) -> None:
             )
 
 
-def _read_sites(quantized: GraphModule) -> dict[str, dict[str, Tensor | None]]:
-    """Each site's qparams; None where there is none."""
-    sites = {}
+def _read_sites(quantized: GraphModule) -> tuple[Sites, dict[str, Sequence[int]]]:
+    """Each site's qparams, None where there is none; and the block structure of those in blocks."""
+    sites: Sites = {}
+    blocks: dict[str, Sequence[int]] = {}
     opened = copy_graph_module(quantized)
     OpenRegions()(opened)
     for graph in list_open_graphs(opened):
@@ -129,8 +136,11 @@ def _read_sites(quantized: GraphModule) -> dict[str, dict[str, Tensor | None]]:
                 kind: get_attribute(graph, str(source.target)) if isinstance(source, Node) else None
                 for kind, source in zip(QPARAMS, inputs, strict=True)
             }
-            sites.update(dict.fromkeys(node.meta.get(SITES_KEY, ()), qparams))
-    return sites
+            names = node.meta.get(SITES_KEY, ())
+            sites.update(dict.fromkeys(names, qparams))
+            if node.target is FAKE_QUANTIZE and len(node.args) > 8 and node.args[8]:
+                blocks.update(dict.fromkeys(names, node.args[8]))
+    return sites, blocks
 
 
 def _share_parameters(model: nn.Module) -> Any:
