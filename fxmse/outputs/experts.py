@@ -295,6 +295,6 @@ def _mean_linears(config: QuantizationConfig, groups: Mapping["Experts", str | N
 
 def _find_target(path: str, targets: dict[str, str], ignore: list[str]) -> str | None:
     """The group of the linear at ``path``."""
-    linear = nn.Linear(0, 0, device="meta")
+    linear = nn.Linear(1, 1, device="meta")
     found = match_targets(path, linear, targets)
     return None if not found or is_match(path, linear, ignore) else targets[found[0]]
