@@ -8,15 +8,17 @@ import pytest
 import torch
 import transformers
 from architectures import MOE
-from cases import FP8, make_args
+from cases import FP8, copies_pytree_specs, make_args
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
 from safetensors.torch import load_file
+from test_routers import ROUTED
 from torch import nn
 
 import fxmse
 from fxmse.observers import Observer
 from fxmse.outputs.experts import Experts
+from fxmse.passes.probe import find_inputs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:targets and ignores that matched no module"),
@@ -341,3 +343,89 @@ def test_blocks_of_two_linears_are_refused():
     with pytest.raises(ValueError, match="a block of 4 rows has rows of both gate_proj and up_proj"):
         experts.split_site("experts.gate_up_proj_weight", qparams, (4, 8))
     assert len(experts.split_site("experts.gate_up_proj_weight", {"scale": torch.ones(2, 4, 1)}, (3, 8))) == 4
+
+
+def observe(model, batch, all_experts, **kwargs):
+    """The observed graph after one batch."""
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 4, "observer": "output_mse"}
+    inputs = {"num_bits": 8, "symmetric": False, "observer": "static_minmax"}
+    scheme = {"targets": ["re:^$"], "weights": weights, "input_activations": inputs}
+    example = None if isinstance(model, torch.fx.GraphModule) else batch
+    observed = fxmse.prepare(model, scheme, example, moe_calibrate_all_experts=all_experts)
+    return fxmse.calibrate(observed, [batch], progress=False, **kwargs)
+
+
+def list_products(observed):
+    """The sums of x xᵀ by expert."""
+    (inputs,) = (found for _, found in find_inputs(observed))
+    return inputs.products[:, 0].double()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("capture", ["export", "symbolic_trace"])
+@pytest.mark.parametrize("kind", ["Indexed", "Grouped", "InGroups", "Labelled"])
+def test_all_experts_meet_all_tokens_and_outputs_stay(kind, capture):
+    torch.manual_seed(0)
+    model, x = ROUTED[kind]().eval(), torch.randn(10, 16)
+    source = torch.fx.symbolic_trace(model) if capture == "symbolic_trace" else model
+    tokens = torch.tanh(model.first(x)).double()
+    expected = (tokens.T @ tokens).expand(6, -1, -1)
+    for all_experts in (True, False):
+        observed = observe(source, x, all_experts)
+        assert torch.equal(observed(x), model(x))
+        # It has seen the batch twice.
+        assert torch.allclose(list_products(observed) / 2, expected, rtol=1e-5, atol=1e-5) == all_experts
+        quantized = fxmse.convert(observed)
+        assert not any("experts" in name for name, _ in quantized.named_modules())
+        assert torch.equal(copy.deepcopy(quantized)(x), quantized(x))
+
+
+@copies_pytree_specs
+@torch.no_grad()
+def test_all_experts_in_a_compiled_graph_and_a_copy():
+    torch.manual_seed(0)
+    model, x = ROUTED["Grouped"]().eval(), torch.randn(10, 16)
+    inputs = {"num_bits": 8, "observer": "static_minmax"}
+    observed = copy.deepcopy(fxmse.prepare(model, {"targets": ["re:^$"], "input_activations": inputs}, x[:2]))
+    fxmse.calibrate(observed, [x[:2], x], progress=False, compile=True)
+    largest = torch.tanh(model.first(x)).abs().max()
+    torch.testing.assert_close(fxmse.convert(observed).state_dict()["up_input_scale"], largest.reshape(1) / 127.5)
+
+
+def list_expert_inputs(model, inputs):
+    """What goes into the two products of each layer's experts, of all tokens at all experts."""
+    found = {}
+
+    def compute(path, module, x):
+        gate_up = torch.einsum("ti,eoi->eto", x.flatten(0, -2), module.gate_up_proj)
+        found[f"{path}.gate_up_proj"] = x
+        found[f"{path}.down_proj"] = module._apply_gate(gate_up)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args, path=path: compute(path, module, args[0]))
+        for path, module in model.named_modules()
+        if path.endswith("experts")
+    ]
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def test_ranges_of_experts_inputs_are_those_of_all_tokens_at_all_experts(models):
+    model, program = models("Qwen3-MoE")
+    batches = [make_inputs(1), make_inputs(2)]
+    both = fxmse.quantize(program, make_config("FP8"), batches, progress=False)
+    chosen = fxmse.quantize(program, make_config("FP8"), batches, progress=False, moe_calibrate_all_experts=False)
+    values = [list_expert_inputs(model, batch) for batch in batches]
+    assert len(values[0]) == 4
+    wider = []
+    for name in values[0]:
+        largest = max(found[name].abs().max() for found in values)
+        own, other = (graph.state_dict()[f"{name}_input_scale"] for graph in (both, chosen))
+        torch.testing.assert_close(own, largest.reshape(1) / 448, rtol=1e-5, atol=0)
+        assert own >= other
+        wider += [name] if own > other else []
+    assert wider
+    assert not any("gate_up" in name for name in wider)  # all tokens are at some expert

@@ -99,17 +99,18 @@ class Inputs(Stateful[Any]):
         return self.state_class(*(own + added.to(device) for own, added in zip(state, other, strict=True)))
 
     @torch.no_grad()
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, shown: Tensor | None = None) -> Tensor:
         """Returns ``x`` as it is.
 
         Args:
             x: float, shape (..., channels).
             mask: bool or numbers, shape (...) or what broadcasts to it; where it is 0, x is padding and is left out.
+            shown: what is looked at in x's place, where that is more, without a mask.
         """
-        tokens = x.detach()
+        tokens = (x if shown is None else shown).detach()
         if mask is None:
             # One element makes the count a tensor of x's device without waiting for it.
-            num_tokens = tokens.new_ones((), dtype=torch.float64) * (x.numel() // x.shape[-1])
+            num_tokens = tokens.new_ones((), dtype=torch.float64) * (tokens.numel() // x.shape[-1])
         else:
             is_kept = mask.bool().expand(x.shape[:-1])
             # Padding may be anything, NaN, too.
@@ -179,23 +180,27 @@ class Products(Inputs):
         return self.suffix, self.block_size, self.max_channels, self.arrangement
 
     @torch.no_grad()
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, shown: Tensor | None = None, numbers: Tensor | None = None
+    ) -> Tensor:
         """Returns ``x`` as it is.
 
         Args:
             x: float, shape (..., channels), or what a convolution reads.
             mask: as of :meth:`Inputs.forward`; where ``arrangement`` is one of experts, what says whose each token is.
+            shown: as of :meth:`Inputs.forward`.
+            numbers: of each token's expert, beside ``shown``.
         """
         if self.arrangement is None:
-            return super().forward(x, mask)
-        values = x.detach()
+            return super().forward(x, mask, shown)
+        values = (x if shown is None else shown).detach()
         if isinstance(self.arrangement, Patches):
             values = self.arrangement.arrange(values)
         if mask is None:
             products = self._multiply(values)
         else:
             assert isinstance(self.arrangement, Experts)
-            number = self.arrangement.number(values, mask)
+            number = self.arrangement.number(values, mask) if numbers is None else numbers
             products = self._multiply_by_expert(values.flatten(0, -2), number, self.arrangement.num_matrices)
         num_tokens = values.new_ones((), dtype=torch.float64) * (values.numel() // values.shape[-1])
         self.state = self.merge(ProductsState(products, num_tokens), self.state)
