@@ -6,11 +6,13 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from architectures import MOE
 from cases import FP8, copies_pytree_specs, make_args
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.lifecycle import fake_quantize
 from safetensors.torch import load_file
 from test_routers import ROUTED
 from torch import nn
@@ -429,3 +431,35 @@ def test_ranges_of_experts_inputs_are_those_of_all_tokens_at_all_experts(models)
         wider += [name] if own > other else []
     assert wider
     assert not any("gate_up" in name for name in wider)  # all tokens are at some expert
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["Indexed", "Grouped"])
+def test_a_report_counts_the_tokens_of_each_expert(kind):
+    torch.manual_seed(0)
+    model, batches = ROUTED[kind]().eval(), [torch.randn(10, 16), torch.randn(7, 16)]
+    weights = {"num_bits": 8, "strategy": "tensor", "observer": "memoryless_minmax"}
+    quantized = fxmse.quantize(model, {"targets": ["re:^$", "first"], "weights": weights}, batches, progress=False)
+    first, up = fxmse.report(quantized, batches)
+    chosen = torch.cat([model.gate(quantized_first(model, quantized, x)).topk(2)[1].flatten() for x in batches])
+    assert up.tokens_per_expert == tuple(torch.bincount(chosen, minlength=6).tolist())
+    assert first.tokens_per_expert is None
+
+
+def quantized_first(model, quantized, x):
+    """What the router reads."""
+    weight = model.first.weight.detach()
+    args = make_args(8)
+    return torch.tanh(
+        F.linear(x, fake_quantize(weight, quantized.state_dict()["first.weight_scale"], None, args), model.first.bias)
+    )
+
+
+@torch.no_grad()
+def test_a_report_counts_the_tokens_of_grouped_products(models, checkpoints):
+    quantized, _ = checkpoints("Qwen3-MoE", "W4A16")
+    sites = [site for site in fxmse.report(quantized, [make_inputs(3)]) if site.tokens_per_expert]
+    assert len(sites) == 4
+    assert all(
+        sum(site.tokens_per_expert) == 2 * 8 * 2 and len(site.tokens_per_expert) == NUM_EXPERTS for site in sites
+    )

@@ -13,8 +13,10 @@ from torch.fx import GraphModule, Node
 from fxmse.calibration.buffers import own_buffers
 from fxmse.capture.attributes import get_attribute
 from fxmse.capture.front_ends import copy_graph_module, split_inputs
+from fxmse.observers.arrangements import Experts
 from fxmse.observers.base import Observer
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
+from fxmse.passes.arranging import find_choices
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
 
@@ -36,6 +38,7 @@ class SiteReport:
             value that the batches did not reach, in a branch that was not run.
         range_ratio: the scale's magnitude over the scale that the smallest and largest value would give, averaged over
             the scales; 1 where they are dynamic, NaN where ``sqnr`` is.
+        tokens_per_expert: of a weight of experts, how many tokens the router sent to each; None of all other values.
     """
 
     module: str
@@ -46,6 +49,7 @@ class SiteReport:
     scale_max: float | None
     sqnr: float
     range_ratio: float
+    tokens_per_expert: tuple[int, ...] | None = None
 
 
 @torch.no_grad()
@@ -99,6 +103,7 @@ class _Recorder(nn.Module):
             self.observer = Observer.load_from_registry("static_minmax", base_name=role, args=args)
         self.has_seen = False
         self.signal = self.noise = 0.0
+        self.counters: list[_Counter] = []
 
     def forward(self, x: Tensor, quantized: Tensor) -> Tensor:
         self.has_seen = True
@@ -119,7 +124,12 @@ class _Recorder(nn.Module):
             scale_max=None if scale is None else scale.max().item(),
             sqnr=self._calculate_sqnr(),
             range_ratio=self._calculate_range_ratio(),
+            tokens_per_expert=self._sum_counts(),
         )
+
+    def _sum_counts(self) -> tuple[int, ...] | None:
+        counts = [counter.counts for counter in self.counters if counter.counts is not None]
+        return tuple(torch.stack(counts).sum(0).tolist()) if counts else None
 
     def _calculate_sqnr(self) -> float:
         if not self.has_seen:
@@ -137,6 +147,19 @@ class _Recorder(nn.Module):
         if qparams["global_scale"] is not None:
             minmax_scale = minmax_scale / qparams["global_scale"]
         return (self.scale / minmax_scale).double().mean().item()
+
+
+class _Counter(nn.Module):
+    """Counts the tokens of each expert."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.experts = experts
+        self.counts: Tensor | None = None
+
+    def forward(self, choice: Tensor) -> None:
+        counts = self.experts.count(choice)
+        self.counts = counts if self.counts is None else self.counts + counts
 
 
 _NAMES = ("x", "scale", "zero_point", "global_scale", "num_bits", "type", "strategy", "group_size", "block_structure")
@@ -166,6 +189,13 @@ def _watch(graph_module: GraphModule, node: Node) -> _Recorder:
     with graph_module.graph.inserting_after(node):
         watched = graph_module.graph.call_module(name, (x, node))
     node.replace_all_uses_with(watched, delete_user_cb=lambda user: user is not watched)
+    if role == "weight" and tensor is not None and tensor.dim() == 3:
+        for reader, experts, choice in find_choices(watched, len(tensor)):
+            counter = _Counter(experts)
+            graph_module.add_submodule(f"{name}_of_{reader.name}", counter)
+            with graph_module.graph.inserting_before(reader):
+                graph_module.graph.call_module(f"{name}_of_{reader.name}", (choice,))
+            recorder.counters.append(counter)
     return recorder
 
 
