@@ -131,7 +131,7 @@ class ExactMSEObserver(InputAwareObserver):
             return measure_range(value, self.layout.as_one_group())
         if torch.compiler.is_compiling() and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure_global(value, self._spec))
-        return self.find_shared_global_range([self], [value])
+        return find_global_range([value], self.format, self.layout, self.options.power, [self.find_importance(value)])
 
     def accumulate(self, old: Range | None, new: Range) -> Range:
         """The newest range; of a local value that which covers both."""
