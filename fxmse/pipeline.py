@@ -38,6 +38,7 @@ def prepare(
     dynamic_shapes: Any = None,
     share_across: tuple[str, ...] = (),
     fold_batch_norm: bool = False,
+    moe_calibrate_all_experts: bool = True,
 ) -> GraphModule:
     """A graph of ``model`` with observers on the values that ``config`` wants quantized.
 
@@ -50,6 +51,9 @@ def prepare(
         share_across: ops, "cat" or "add", whose observed inputs and output share their scale.
         fold_batch_norm: fold batch norms into the layers before them first, whose weights are then quantized with them
             (:class:`fxmse.passes.FoldBatchNorm`): what int8 kernels want.
+        moe_calibrate_all_experts: show observers of what experts read all tokens at all experts, as llm-compressor
+            does; outputs stay those of the experts that were chosen. Costs running all experts in each batch, where
+            anything is observed there.
 
     Returns:
         The observed graph. It gives the same outputs as the model (with folded norms up to rounding), and observes
@@ -62,7 +66,7 @@ def prepare(
     observed = capture(model, example_inputs, dynamic_shapes)
     if fold_batch_norm:
         FoldBatchNorm()(observed)
-    InsertObservers(config, share_across)(observed)
+    InsertObservers(config, share_across, moe_calibrate_all_experts)(observed)
     return observed
 
 
@@ -192,6 +196,7 @@ def quantize(
     dynamic_shapes: Any = None,
     share_across: tuple[str, ...] = (),
     fold_batch_norm: bool = False,
+    moe_calibrate_all_experts: bool = True,
     compile: bool = False,
     progress: bool = True,
 ) -> GraphModule:
@@ -206,5 +211,6 @@ def quantize(
         dynamic_shapes=dynamic_shapes,
         share_across=share_across,
         fold_batch_norm=fold_batch_norm,
+        moe_calibrate_all_experts=moe_calibrate_all_experts,
     )
     return convert(calibrate(observed, peeked, compile=compile, progress=progress), progress=progress)

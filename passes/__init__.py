@@ -28,6 +28,7 @@ What they look for in a graph:
 - ``naming``: what these are called.
 - ``arranging``: which rows of a weight meet which tokens.
 - ``input_nodes``: nodes on the values that meet weights.
+- ``all_experts``: observers see the tokens of all experts.
 
 The passes:
 

@@ -10,6 +10,7 @@ from fxmse.capture.attributes import find_owner, make_container
 from fxmse.observers.base import QPARAMS
 from fxmse.observers.states import hold
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE
+from fxmse.passes.all_experts import remove_all_experts
 from fxmse.passes.base import GraphPass
 from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.finishing import finish_weights
@@ -68,6 +69,7 @@ class FoldFakeQuant(GraphPass):
             _replace(find_owner(node), node, probe, qparams[probe])
         for owner, target in observers:  # rule 4
             owner.delete_submodule(target)
+        remove_all_experts(graph_module)
         CloseRegions()(graph_module)  # rule 6
         return bool(probes)  # rule 5
 

@@ -19,6 +19,7 @@ from fxmse.passes.weight_view import WeightView
 __all__ = [
     "Probe",
     "check_unobserved",
+    "find_called",
     "find_inputs",
     "find_probe",
     "find_probes",
@@ -116,12 +117,17 @@ class Probe(Described):
         """Whether the weight can be searched only after the activations were seen."""
         return self.observer is not None and self.observer.needs_inputs
 
-    def forward(self, value: Tensor) -> Tensor:
-        """Returns ``value`` as it is."""
+    def forward(self, value: Tensor, shown: Tensor | None = None) -> Tensor:
+        """Returns ``value`` as it is.
+
+        Args:
+            value: what is to be quantized.
+            shown: what the observer is shown in its place, where that is more.
+        """
         if self.given is not None or self.waits_for_inputs:
             return value
         if not self.is_weight:
-            self._observe(value)
+            self._observe(value if shown is None else shown)
         elif not has_values(value):
             if not self.has_statistics:
                 self._observe(value)
@@ -235,7 +241,8 @@ def _describe_weight(weight: Tensor) -> dict[str, str]:
     return facts if fingerprint is None else {**facts, _FINGERPRINT: str(fingerprint)}
 
 
-def _find_called(graph_module: GraphModule, node: object) -> nn.Module | None:
+def find_called(graph_module: GraphModule, node: object) -> nn.Module | None:
+    """The module that ``node`` calls; None for everything else."""
     if not isinstance(node, Node) or node.op != "call_module":
         return None
     return graph_module.get_submodule(str(node.target))
@@ -243,7 +250,7 @@ def _find_called(graph_module: GraphModule, node: object) -> nn.Module | None:
 
 def find_probe(graph_module: GraphModule, node: object) -> Probe | None:
     """The probe that ``node`` calls; None for everything else."""
-    module = _find_called(graph_module, node)
+    module = find_called(graph_module, node)
     return module if isinstance(module, Probe) else None
 
 
@@ -265,13 +272,13 @@ def find_inputs(graph_module: GraphModule) -> Iterator[tuple[Node, Inputs]]:
     """The nodes that look at the values that meet weights, in the same order."""
     for graph in list_graphs(graph_module):
         for node in graph.graph.nodes:
-            module = _find_called(graph, node)
+            module = find_called(graph, node)
             if isinstance(module, Inputs):
                 yield node, module
 
 
 def skip_probes(graph_module: GraphModule, value: object) -> object:
     """What ``value`` was before probes and inputs passed it on."""
-    while isinstance(value, Node) and isinstance(_find_called(graph_module, value), Probe | Inputs):
+    while isinstance(value, Node) and isinstance(find_called(graph_module, value), Probe | Inputs):
         value = value.args[0]
     return value

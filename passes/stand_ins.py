@@ -7,7 +7,7 @@ import sys
 from torch import nn
 from torch.fx import GraphModule, Node
 
-__all__ = ["find_call", "find_module", "list_modules"]
+__all__ = ["find_call", "find_module", "list_modules", "make_stand_in"]
 
 
 def find_call(node: Node) -> str:
@@ -38,8 +38,8 @@ def find_module(
     path = re.sub(r"@\d+", "", path)
     owner = parameter.rpartition(".")[0] if parameter else path
     if owner != path and f"{owner}.".startswith(f"{path}." if path else ""):
-        return owner, _make_stand_in(class_name, class_name)
-    return path, _make_stand_in(module_class, class_name)
+        return owner, make_stand_in(class_name, class_name)
+    return path, make_stand_in(module_class, class_name)
 
 
 def list_modules(graph_module: GraphModule) -> dict[str, nn.Module]:
@@ -47,11 +47,12 @@ def list_modules(graph_module: GraphModule) -> dict[str, nn.Module]:
     calls = dict(
         call for node in graph_module.graph.nodes for call in (node.meta.get("nn_module_stack") or {}).values()
     )
-    return {re.sub(r"@\d+", "", path): _make_stand_in(module_class, "Module") for path, module_class in calls.items()}
+    return {re.sub(r"@\d+", "", path): make_stand_in(module_class, "Module") for path, module_class in calls.items()}
 
 
 @functools.cache
-def _make_stand_in(module_class: type | str, op_class_name: str) -> nn.Module:
+def make_stand_in(module_class: type | str, op_class_name: str) -> nn.Module:
+    """A module of a class, or one of that name, that answers to the op's class as well."""
     op_class = getattr(nn, op_class_name, None) or type(op_class_name, (nn.Module,), {})
     resolved = _resolve_class(module_class) if isinstance(module_class, str) else module_class
     if not issubclass(resolved, op_class):

@@ -201,8 +201,11 @@ def test_a_cache_that_compressed_tensors_does_not_know_is_refused(llama, tmp_pat
 def test_what_has_no_place_is_named(tmp_path):
     architecture = ARCHITECTURES["Mixtral"]
     model, inputs = architecture.make_model(), architecture.make_inputs(2, 0)
-    config = {"config_groups": {"W4A16": ["re:.*experts$"]}}
-    quantized = fxmse.quantize(export(model, inputs), config, progress=False)
+    outputs = {"num_bits": 8, "observer": "static_minmax"}  # of a product that is two in a checkpoint
+    scheme = QuantizationScheme(
+        targets=["re:.*experts$"], weights=SEARCHED_BELOW_ZERO.weights, output_activations=outputs
+    )
+    quantized = fxmse.quantize(export(model, inputs), scheme, [inputs], progress=False)
     with pytest.raises(ValueError, match=r"no place for .*experts.gate_up_proj_weight.*Leave these out of the config"):
         fxmse.save_pretrained(quantized, model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

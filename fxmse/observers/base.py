@@ -246,7 +246,8 @@ class Observer(Stateful[State], RegistryMixin):
         Returns:
             scale: shape qparam_shape, in the dtype of the values seen (float32 next to a global scale).
             zero_point: the same shape, ``args.zp_dtype``; 0 where the format is symmetric.
-            global_scale: float32, shape (1,), or None. Of a "local" value it is all there is.
+            global_scale: float32, shape (1,), of matrices (experts) one for each, (..., 1, 1); or None. Of a "local"
+                value it is all there is.
 
         Raises:
             ValueError: no value has been seen, or one that was not finite.

@@ -20,7 +20,7 @@ from fxmse.search.global_scale import find_global_range
 from fxmse.search.optimum import find_optimum
 from fxmse.search.options import check_argument
 from fxmse.search.power import AbsolutePower
-from fxmse.search.tiles import Range, cover_ranges, measure_range
+from fxmse.search.tiles import Range, cover_ranges, measure_range, search_matrices
 
 __all__ = ["ExactMSEObserver", "ExactMSEOptions"]
 
@@ -115,15 +115,20 @@ class ExactMSEObserver(InputAwareObserver):
 
     def search(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """:meth:`measure`, which is never a node of a graph."""
-        return find_optimum(
-            value,
-            self.format,
-            self.layout,
-            self.options.power,
-            global_scale=global_scale,
-            importance=self.find_importance(value),
-            negative_scale=self.takes_negative_scales,
-        )
+        importance = self.find_importance(value)
+
+        def search(value: Tensor, global_scale: Tensor | None) -> Range:
+            return find_optimum(
+                value,
+                self.format,
+                self.layout,
+                self.options.power,
+                global_scale=global_scale,
+                importance=importance,
+                negative_scale=self.takes_negative_scales,
+            )
+
+        return search_matrices(search, value, self.layout, global_scale)
 
     def measure_global(self, value: Tensor) -> Range:
         """The range that a weight's best global scale follows from; of a local value all of it."""

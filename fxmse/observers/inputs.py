@@ -108,31 +108,35 @@ class Inputs(Stateful[Any]):
         return self.state_class(*(own + added.to(device) for own, added in zip(state, other, strict=True)))
 
     @torch.no_grad()
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, shown: Tensor | None = None, numbers: Tensor | None = None
+    ) -> Tensor:
         """Returns ``x`` as it is.
 
         Args:
             x: float, shape (..., channels).
             mask: bool or numbers, shape (...) or what broadcasts to it; where it is 0, x is padding and is left out.
+            shown: what is looked at in x's place, where that is more, without a mask.
+            numbers: of each token's expert, beside ``shown``; what looks at all alike has no use for it.
         """
-        value = x.detach()
+        value = (x if shown is None else shown).detach()
         if is_traced(value):
             with without_autocast(value):
-                self.state = self.merge(self._sum_up(value, mask), self.state)
+                self.state = self.merge(self._sum_up(value, mask, numbers), self.state)
             return x
         with plain_modes(value):
-            added = self._sum_up(value, mask)
+            added = self._sum_up(value, mask, numbers)
             with self.lock:
                 # What was loaded may be on another device than x.
                 self.state = self.merge(added, self.state)
         return x
 
-    def _sum_up(self, x: Tensor, mask: Tensor | None) -> InputState:
+    def _sum_up(self, x: Tensor, mask: Tensor | None, numbers: Tensor | None) -> InputState:
         """The state after ``x`` alone."""
         tokens = x
         if mask is None:
             # One element makes the count a tensor of x's device without waiting for it.
-            num_tokens = tokens.new_ones((), dtype=torch.float64) * (x.numel() // x.shape[-1])
+            num_tokens = tokens.new_ones((), dtype=torch.float64) * (tokens.numel() // x.shape[-1])
         else:
             is_kept = mask.bool().expand(x.shape[:-1])
             # Padding may be anything, NaN, too.
@@ -198,15 +202,16 @@ class Products(Inputs):
         """What is added up."""
         return self.suffix, self.block_size, self.max_channels, self.arrangement
 
-    def _sum_up(self, x: Tensor, mask: Tensor | None) -> InputState:
+    def _sum_up(self, x: Tensor, mask: Tensor | None, numbers: Tensor | None) -> InputState:
         """As :meth:`Inputs._sum_up`.
 
         Args:
             x: float, shape (..., channels), or what a convolution reads.
             mask: as of :meth:`Inputs.forward`; where ``arrangement`` is one of experts, what says whose each token is.
+            numbers: of each token's expert, where ``x`` is what all experts are shown.
         """
         if self.arrangement is None:
-            return super()._sum_up(x, mask)
+            return super()._sum_up(x, mask, numbers)
         values = x
         if isinstance(self.arrangement, Patches):
             values = self.arrangement.arrange(values)
@@ -214,7 +219,7 @@ class Products(Inputs):
             products = self._multiply(values)
         else:
             assert isinstance(self.arrangement, Experts)
-            number = self.arrangement.number(values, mask)
+            number = self.arrangement.number(values, mask) if numbers is None else numbers
             products = self._multiply_by_expert(values.flatten(0, -2), number, self.arrangement.num_matrices)
         num_tokens = values.new_ones((), dtype=torch.float64) * (values.numel() // values.shape[-1])
         return ProductsState(products, num_tokens)

@@ -15,7 +15,7 @@ from fxmse.observers.states import State
 from fxmse.search.compiling import is_traced
 from fxmse.search.options import SearchOptions
 from fxmse.search.shrinking import shrink_global_range, shrink_ranges
-from fxmse.search.tiles import Range
+from fxmse.search.tiles import Range, search_matrices
 
 __all__ = [
     "ExpandedMSEOptions",
@@ -97,7 +97,12 @@ class MSEObserver(Observer):
         if self.global_scale is None and global_scale is not None and not options.optimize_global_scale:
             options = replace(options, patience=len(options.factors))
         importance = self.find_importance(value)
-        return shrink_ranges(value, self.format, self.layout, options, global_scale=global_scale, importance=importance)
+        layout = self.layout
+
+        def search(value: Tensor, global_scale: Tensor | None) -> Range:
+            return shrink_ranges(value, self.format, layout, options, global_scale=global_scale, importance=importance)
+
+        return search_matrices(search, value, layout, global_scale)
 
     def measure_global(self, value: Tensor) -> Range:
         """The range that the value's global scale follows from."""
@@ -107,11 +112,14 @@ class MSEObserver(Observer):
 
     def search_global(self, value: Tensor) -> Range:
         """:meth:`measure_global`, which is never a node of a graph."""
-        if self.options.optimize_global_scale:
-            layout = self.layout.as_one_group()
-            return shrink_ranges(value, self.format, layout, self.options, optimize_global_scale=True)
-        importance = self.find_importance(value)
-        return shrink_global_range(value, self.format, self.layout, self.options, importance=importance)
+        one_group, importance = self.layout.as_one_group(), self.find_importance(value)
+
+        def search(value: Tensor, _: Tensor | None) -> Range:
+            if self.options.optimize_global_scale:
+                return shrink_ranges(value, self.format, one_group, self.options, optimize_global_scale=True)
+            return shrink_global_range(value, self.format, self.layout, self.options, importance=importance)
+
+        return search_matrices(search, value, one_group)
 
     def update_global(self, state: State, value: Tensor) -> State:
         """As :meth:`Observer.update_global`, but a global scale that was given needs none."""

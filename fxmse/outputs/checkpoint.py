@@ -6,7 +6,7 @@ import re
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from fxmse.capture.attributes import get_attribute
 from fxmse.capture.front_ends import check_graph, copy_graph_module
 from fxmse.config import CONFIG_KEY
 from fxmse.observers.base import QPARAMS
-from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
+from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE, is_fake_quantize
+from fxmse.outputs.experts import Sites, split_experts
 from fxmse.outputs.files import check_apart, check_place, replace_folder
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
@@ -89,13 +90,16 @@ def save_pretrained(
     check_graph(quantized, "fxmse.convert")
     _check_model(model)
     check_replaceable(Path(path), str(model.name_or_path or ""))
-    sites = _read_sites(quantized)
+    sites, blocks = _read_sites(quantized)
     config = quantized.meta.get(CONFIG_KEY)
     if not sites or config is None:
         raise ValueError("the graph has no fake-quantize nodes that fxmse folded: make it with fxmse.convert")
-    prepared = _prepare(_share_parameters(model), config, sites)
+    prepared, sites, ignored = _prepare(_share_parameters(model), config, sites, blocks)
     _set_qparams(prepared, sites)
     compressor = ModelCompressor.from_pretrained_model(prepared)
+    if compressor.quantization_config:
+        # It lists modules, and experts that stay in float are none.
+        compressor.quantization_config.ignore += ignored
     compressor.compress_model(prepared)
     _warn_of_dtype(prepared)
     with replace_folder(Path(path)) as folder:
@@ -123,10 +127,13 @@ def check_saveable(observed: GraphModule, model: nn.Module) -> None:
         ValueError: another kind of model; tied weights; values that a checkpoint has no place for (all are named).
     """
     _check_model(model)
-    sites = {site.name: _foresee_qparams(site.args) for _, probe in find_probes(observed) for site in probe.sites}
+    args = {site.name: site.args for _, probe in find_probes(observed) for site in probe.sites}
+    foreseen: Sites = {name: dict.fromkeys(_foresee_qparams(own)) for name, own in args.items()}
+    blocks = {name: own.block_structure for name, own in args.items() if own.block_structure}
     memo: dict[int, Any] = {id(t): t.detach().to("meta") for t in model.buffers()}
     memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-    _find_places(_prepare(copy.deepcopy(model, memo), observed.meta[CONFIG_KEY], sites), sites)
+    prepared, sites, _ = _prepare(copy.deepcopy(model, memo), observed.meta[CONFIG_KEY], foreseen, blocks)
+    _find_places(prepared, {site: list(kinds) for site, kinds in sites.items()})
 
 
 def find_tied(config: QuantizationConfig, model: nn.Module) -> dict[str, str]:
@@ -151,11 +158,24 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"model is a {type(model).__name__}: expected a transformers.PreTrainedModel")
 
 
-def _prepare(model: Any, config: QuantizationConfig, sites: Collection[str]) -> Any:
-    """``model``, a copy whose modules may change, with places for the qparams of sites."""
+def _prepare(
+    model: Any, config: QuantizationConfig, sites: Sites, blocks: Mapping[str, Sequence[int]]
+) -> tuple[Any, Sites, list[str]]:
+    """Makes places for the qparams of sites.
+
+    Args:
+        model: a copy whose modules may change.
+        config: what the sites are of.
+        sites: with their qparams.
+        blocks: the block structure of those in blocks.
+
+    Returns:
+        The model, the sites with experts as linears, and what is to be ignored besides, as no module is.
+    """
+    sites, split_config = split_experts(model, sites, blocks, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matches nothing was named when observers were inserted
-        apply_quantization_config(model, _ignore_untouched(config, model, sites), show_progress=False)
+        apply_quantization_config(model, _ignore_untouched(split_config, model, sites), show_progress=False)
     for tied in _list_tied(model):
         if any(name in sites for name in tied):
             # from_pretrained would tie it again in float.
@@ -163,7 +183,7 @@ def _prepare(model: Any, config: QuantizationConfig, sites: Collection[str]) -> 
                 f"{' and '.join(tied)} are one tied parameter, of which a checkpoint cannot hold a quantized weight: "
                 "put the module on the ignore list, or untie them"
             )
-    return model
+    return model, sites, [name for name in split_config.ignore or [] if name not in (config.ignore or [])]
 
 
 def _foresee_qparams(args: QuantizationArgs) -> list[str]:
@@ -228,9 +248,10 @@ def _list_tied(model: nn.Module) -> Iterator[list[str]]:
     yield from (tied for tied in names.values() if len(tied) > 1)
 
 
-def _read_sites(quantized: GraphModule) -> dict[str, dict[str, Tensor | None]]:
-    """Each site's qparams; None where there is none."""
-    sites = {}
+def _read_sites(quantized: GraphModule) -> tuple[Sites, dict[str, Sequence[int]]]:
+    """Each site's qparams, None where there is none; and the block structure of those in blocks."""
+    sites: Sites = {}
+    blocks: dict[str, Sequence[int]] = {}
     opened = copy_graph_module(quantized)
     OpenRegions()(opened)
     for graph in list_open_graphs(opened):
@@ -240,8 +261,11 @@ def _read_sites(quantized: GraphModule) -> dict[str, dict[str, Tensor | None]]:
                 kind: get_attribute(graph, str(source.target)) if isinstance(source, Node) else None
                 for kind, source in zip(QPARAMS, inputs, strict=True)
             }
-            sites.update(dict.fromkeys(node.meta.get(SITES_KEY, ()), qparams))
-    return sites
+            names = node.meta.get(SITES_KEY, ())
+            sites.update(dict.fromkeys(names, qparams))
+            if node.target is FAKE_QUANTIZE and len(node.args) > 8 and node.args[8]:
+                blocks.update(dict.fromkeys(names, node.args[8]))
+    return sites, blocks
 
 
 def _share_parameters(model: nn.Module) -> Any:

@@ -17,9 +17,11 @@ from fxmse.calibration.buffers import own_buffers
 from fxmse.calibration.observing import check_batches
 from fxmse.capture.attributes import get_attribute
 from fxmse.capture.front_ends import check_graph, copy_graph_module, split_inputs
+from fxmse.observers.arrangements import Experts
 from fxmse.observers.base import Observer
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE, is_fake_quantize
 from fxmse.outputs.noise import Noise, find_scale, measure_weight, sum_noise
+from fxmse.passes.arranging import find_choices
 from fxmse.passes.constants import evaluate, find_sources
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
@@ -43,6 +45,7 @@ class SiteReport:
             value that no batch reached: there were none, or it is in a branch that was not run.
         range_ratio: the scale's magnitude over the scale that the smallest and largest value would give, averaged over
             the scales; 1 where they are dynamic, NaN where ``sqnr`` is.
+        tokens_per_expert: of a weight of experts, how many tokens the router sent to each; None of all other values.
     """
 
     module: str
@@ -53,6 +56,7 @@ class SiteReport:
     scale_max: float | None
     sqnr: float
     range_ratio: float
+    tokens_per_expert: tuple[int, ...] | None = None
 
 
 @torch.no_grad()
@@ -83,7 +87,9 @@ def report(quantized: GraphModule, batches: Iterable[Any] | None = None) -> list
             recorder = _make_recorder(graph, node)
             if _is_weight(graph, versions, node):
                 recorder.measure(*map_arg(node.args, functools.partial(evaluate, graph)))
-                reports.append(recorder.summarise())
+                if batches is not None:
+                    _count_choices(graph, node, recorder)
+                reports.append(recorder if recorder.counters else recorder.summarise())
             else:
                 _watch(graph, node, recorder)
                 reports.append(recorder)
@@ -123,6 +129,7 @@ class _Recorder(nn.Module):
         self.has_seen = False
         self.noise = Noise()
         self.minmax_scale: Tensor | None = None
+        self.counters: list[_Counter] = []
         self.observer = None
         if scale is not None:
             self.observer = Observer.load_from_registry("static_minmax", base_name=role, args=args)
@@ -155,7 +162,12 @@ class _Recorder(nn.Module):
             scale_max=None if scale is None else scale.max().item(),
             sqnr=self.noise.sqnr if self.has_seen else math.nan,
             range_ratio=self._calculate_range_ratio(),
+            tokens_per_expert=self._sum_counts(),
         )
+
+    def _sum_counts(self) -> tuple[int, ...] | None:
+        counts = [counter.counts for counter in self.counters if counter.counts is not None]
+        return tuple(torch.stack(counts).sum(0).tolist()) if counts else None
 
     def _calculate_range_ratio(self) -> float:
         if not self.has_seen:
@@ -164,6 +176,19 @@ class _Recorder(nn.Module):
             return 1.0
         scale = find_scale(self.observer) if self.minmax_scale is None else self.minmax_scale
         return (self.scale / scale).double().mean().item()
+
+
+class _Counter(nn.Module):
+    """Counts the tokens of each expert."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.experts = experts
+        self.counts: Tensor | None = None
+
+    def forward(self, choice: Tensor) -> None:
+        counts = self.experts.count(choice)
+        self.counts = counts if self.counts is None else self.counts + counts
 
 
 _NAMES = ("x", "scale", "zero_point", "global_scale", "num_bits", "type", "strategy", "group_size", "block_structure")
@@ -203,6 +228,19 @@ def _watch(graph_module: GraphModule, node: Node, recorder: _Recorder) -> None:
     with graph_module.graph.inserting_after(node):
         watched = graph_module.graph.call_module(name, (node.args[0], node))
     node.replace_all_uses_with(watched, delete_user_cb=lambda user: user is not watched)
+
+
+def _count_choices(graph_module: GraphModule, node: Node, recorder: _Recorder) -> None:
+    """Has a recorder of experts' weights count the tokens of each expert in each run."""
+    if recorder.scale is None or recorder.scale.dim() != 3:
+        return
+    for reader, experts, choice in find_choices(node, len(recorder.scale)):
+        counter = _Counter(experts)
+        name = f"{node.name}_counter_of_{reader.name}"
+        graph_module.add_submodule(name, counter)
+        with graph_module.graph.inserting_before(reader):
+            graph_module.graph.call_module(name, (choice,))
+        recorder.counters.append(counter)
 
 
 def _find_site(node: Node) -> tuple[str, str]:
