@@ -56,7 +56,7 @@ def check_contents(sdist: Path, wheel: Path, wheel_of_checkout: Path) -> None:
     names = _list_files(wheel)
     assert names == _list_files(wheel_of_checkout)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fxmse").rglob("*.py")}
-    modules |= {f"fxmse/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
+    modules |= {"fxmse_command.py"} | {f"fxmse/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
     found = {name for name in names if ".dist-info/" not in name}
     assert found == modules | {"fxmse/py.typed"}, f"in the wheel or the checkout alone: {found ^ modules}"
     assert any(name.endswith("/licenses/LICENSE") for name in names)

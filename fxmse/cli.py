@@ -1,28 +1,36 @@
 """The command line: ``fxmse quantize``, ``fxmse inspect``, ``fxmse schemes``."""
 
 import argparse
-import dataclasses
 import json
-import math
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, preset_name_to_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from tabulate import tabulate
+from torch import Tensor
+from torch.export.passes import move_to_device_pass
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_map_only
 
-from fxmse.config import name_weight_observer
-from fxmse.inputs.data import check_batches, find_batch_size, order_inputs, read_batches, take_inputs
+from fxmse.config import Config, name_weight_observer, resolve_config
+from fxmse.inputs.data import Choice, check_batches, find_batch_size, order_inputs, read_batches, take_inputs
 from fxmse.inputs.models import Source, load_source
 from fxmse.inputs.programs import load_program
-from fxmse.outputs.checkpoint import check_replaceable, save_pretrained
+from fxmse.outputs.checkpoint import check_replaceable, check_saveable, find_tied, save_pretrained
 from fxmse.outputs.exporting import export, save_program
-from fxmse.outputs.reporting import describe_format, report
+from fxmse.outputs.files import check_apart, check_place
+from fxmse.outputs.reporting import SiteReport, describe_format, report
+from fxmse.outputs.space import check_space, estimate_checkpoint, estimate_program
+from fxmse.outputs.summaries import COLUMNS, as_json, format_sites
 from fxmse.pipeline import calibrate, convert, prepare
+from fxmse.reading import check_link, read_text
 
 __all__ = ["main"]
 
@@ -31,17 +39,7 @@ REPORT_FILE = "fxmse_report.json"
 
 _REPORTED_BATCHES = 4
 _BATCH_SIZE = 8
-# Fields of a SiteReport, and what the table calls them.
-_COLUMNS = {
-    "module": "module",
-    "role": "value",
-    "format": "format",
-    "num_scales": "scales",
-    "scale_min": "least",
-    "scale_max": "largest",
-    "sqnr": "SQNR dB",
-    "range_ratio": "range / min-max",
-}
+_DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLES = """examples:
   fxmse quantize model.pt2 --scheme W8A8 --data batches.safetensors --out quantized.pt2
   fxmse quantize ./llama --scheme W4A16 --ignore lm_head --data texts.jsonl --out ./llama-w4a16
@@ -56,18 +54,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     options = _make_parser().parse_args(arguments)
     try:
-        options.run(options)
+        with _quiet_logs(options):
+            options.run(options)
     except KeyboardInterrupt:
-        print("fxmse: interrupted; nothing was written", file=sys.stderr)
+        print(f"fxmse: interrupted; {_tell_written(options)}", file=sys.stderr)
         return 130
     except Exception as error:
         if options.debug:
             raise
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        reason = " ".join(str(error).split())
-        print(f"fxmse: error: {kind}{reason or type(error).__name__} (--debug shows where)", file=sys.stderr)
+        print(f"fxmse: error: {_describe(error)} (--debug shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _quiet_logs(options: argparse.Namespace) -> Iterator[None]:
+    """Has libraries log no errors of their own within a ``with`` block: each is raised, too, and said in one line."""
+    before = logging.root.manager.disable
+    if not options.debug:
+        logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _describe(error: Exception) -> str:
+    """An error in one line."""
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split()) or type(error).__name__}"
+
+
+def _tell_written(options: argparse.Namespace) -> str:
+    """What an interrupted command left at ``--out``: nothing new, or all of it."""
+    is_written = "before" in options and _identify(options.out) != options.before
+    return f"{options.out} was written" if is_written else "nothing was written"
+
+
+def _identify(path: Path) -> tuple[int, int] | None:
+    """What is at a path, told apart from what takes its place."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -95,6 +124,12 @@ def _make_parser() -> argparse.ArgumentParser:
         "the least error of outputs, and exact_mse without",
     )
     command.add_argument(
+        "--observer-kwargs",
+        type=_read_mapping,
+        metavar="JSON",
+        help="arguments of that observer, as '{\"norm\": 2.0}'",
+    )
+    command.add_argument(
         "--data",
         type=Path,
         help=".safetensors or .pt of batches; for a folder's model also .txt or .jsonl of texts, or a folder of "
@@ -106,11 +141,28 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--max-length", type=_positive, default=512, metavar="N", help="tokens a text (default 512)")
     command.add_argument("--max-batches", type=_positive, metavar="N", help="use the first N batches")
+    command.add_argument("--num-samples", type=_positive, metavar="N", help="use N samples of the data (default: all)")
+    command.add_argument("--seed", type=int, metavar="N", help="shuffle the samples (default: in the data's order)")
+    command.add_argument(
+        "--dtype", choices=_DTYPES, help="what a folder's weights are loaded in (default: as they are stored)"
+    )
+    command.add_argument("--device", metavar="NAME", help="where to work, as cuda (default: where the model is loaded)")
+    command.add_argument(
+        "--report",
+        choices=("none", "summary", "full"),
+        default="summary",
+        help="what is measured afterwards: the weights (summary, the default), or the other values, too, for which "
+        f"{_REPORTED_BATCHES} batches are run",
+    )
     command.add_argument(
         "--decompose", action="store_true", help="write a .pt2 that loads where fxmse is not installed"
     )
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that MODEL has for what transformers lacks"
+    )
     command = add("inspect", _inspect, "print what was quantized how, and how well, in what fxmse quantize wrote")
     command.add_argument("out", type=Path, metavar="OUT", help="a .pt2 or a checkpoint's folder")
+    command.add_argument("--all", action="store_true", help="every value; otherwise the worst ones")
     add("schemes", _list_schemes, "list the presets")
     return parser
 
@@ -122,29 +174,96 @@ def _positive(text: str) -> int:
     return value
 
 
+def _read_mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text}: expected an object, as {{"norm": 2.0}}')
+    return value
+
+
 def _quantize(options: argparse.Namespace) -> None:
     _check_paths(options)
     start = time.perf_counter()
-    source = load_source(options.model)
+    config = _make_config(options)
+    source = load_source(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if not _is_program(options.out):
+        config = _ignore_tied(config, source.model)
     batches = _read_batches(options, source)
-    example = batches[0] if batches else source.make_example()
-    observed = prepare(source.module, _make_config(options), example)
-    quantized = convert(calibrate(observed, batches))
-    sites = report(quantized, (batches or [example])[:_REPORTED_BATCHES])
+    example = batches[0] if batches else _move(source.make_example(), options.device)
+    with _name_data(options):
+        observed = prepare(source.module, config, example)
+        _check_output(options, observed, source)
+        quantized = convert(calibrate(observed, batches))
+        sites = _report(quantized, options.report, (batches or [example])[:_REPORTED_BATCHES])
     summary = {
         "model": str(options.model),
         "scheme": options.scheme,
         "out": str(options.out),
         "batches": len(batches),
         "seconds": round(time.perf_counter() - start, 3),
-        "sites": [_as_json(site) for site in sites],
+        "sites": [as_json(site) for site in sites],
     }
     extra_files = {REPORT_FILE: json.dumps(summary, indent=1)}
     if _is_program(options.out):
-        save_program(export(quantized, example, decompose=options.decompose), options.out, extra_files)
+        program = export(quantized, example, decompose=options.decompose)
+        program = move_to_device_pass(program, "cpu") if options.device else program
+        save_program(program, options.out, extra_files)
     else:
         save_pretrained(quantized, source.model, options.out, extra_files=extra_files)
-    _print(summary, options.json)
+    _print(_format(summary, options.json))
+
+
+@contextmanager
+def _name_data(options: argparse.Namespace) -> Iterator[None]:
+    """Raises ValueError for what a model, or torch, says of data that does not fit: of which, they do not know."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        what = f"{options.model} with {options.data or 'its example inputs'}"
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{what}: {type(error).__name__}: {reason}") from error
+
+
+def _report(quantized: GraphModule, kind: str, batches: list[Any]) -> list[SiteReport]:
+    if kind == "none":
+        return []
+    return report(quantized, batches if kind == "full" else None)
+
+
+def _check_output(options: argparse.Namespace, observed: GraphModule, source: Source) -> None:
+    """Raises ValueError for what would fail when all is done."""
+    if _is_program(options.out):
+        check_space(options.out, estimate_program(observed))
+    else:
+        check_saveable(observed, source.model)
+        check_space(options.out, estimate_checkpoint(observed, source.model))
+
+
+def _ignore_tied(config: Config, model: Any) -> QuantizationConfig:
+    """The config without what a checkpoint cannot hold quantized; says what that is."""
+    config = resolve_config(config)
+    tied = find_tied(config, model)
+    for module, names in tied.items():
+        print(
+            f"fxmse: {module} stays in float, as with --ignore {module}: {names} are one parameter, of which a "
+            "checkpoint cannot hold a quantized weight",
+            file=sys.stderr,
+        )
+    return config.model_copy(update={"ignore": [*(config.ignore or []), *tied]})
+
+
+def _move(batch: Any, device: str | None) -> Any:
+    return batch if device is None else tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def _is_program(path: Path) -> bool:
@@ -158,24 +277,27 @@ def _check_paths(options: argparse.Namespace) -> None:
         raise ValueError(f"--out {options.out}: a checkpoint needs a Hugging Face folder as MODEL; give a .pt2")
     if options.decompose and not is_program:
         raise ValueError(f"--decompose is for a .pt2, and --out {options.out} is a folder")
-    if is_program and options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a folder: expected a file")
-    if not is_program and options.out.is_file():
-        raise ValueError(f"--out {options.out} is a file: expected a folder, or a name that ends in .pt2")
-    if not is_program:
-        check_replaceable(options.out)
-    parent = options.out.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {options.out}: {parent} is no folder that can be written")
+    if is_program:
+        check_place(options.out, is_folder=False)
+        check_apart(options.out, options.model)
+    else:
+        check_replaceable(options.out, options.model)
+    options.before = _identify(options.out)
 
 
 def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
     if options.data is None:
         return []
     fixed = find_batch_size(source.program) if source.program else None
-    size = options.batch_size or fixed or _BATCH_SIZE
-    batches = read_batches(options.data, batch_size=size, max_length=options.max_length, model_folder=source.folder)
-    batches = batches[: options.max_batches]
+    batches = read_batches(
+        options.data,
+        batch_size=options.batch_size or fixed or _BATCH_SIZE,
+        max_length=options.max_length,
+        model_folder=source.folder,
+        choice=Choice(options.num_samples, options.seed),
+        trust_remote_code=options.trust_remote_code,
+    )
+    batches = [_move(batch, options.device) for batch in batches[: options.max_batches]]
     if source.model is not None:
         batches = [take_inputs(batch, options.data, source.model) for batch in batches]
     if source.program is not None:
@@ -183,44 +305,65 @@ def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
     return check_batches(batches, source.program)
 
 
-def _make_config(options: argparse.Namespace) -> Any:
-    """The scheme as ``fxmse.prepare`` takes it."""
-    config = options.scheme
+def _make_config(options: argparse.Namespace) -> QuantizationConfig:
+    """The scheme, checked before anything is done."""
+    config: Config = options.scheme
     if options.ignore:
         if options.scheme not in PRESET_SCHEMES:
             raise ValueError("--ignore goes with a preset; a config file has an ignore list of its own")
         config = {"config_groups": {options.scheme: ["Linear"]}, "ignore": options.ignore}
-    if options.observer is None:
-        return config
-    if options.observer != "auto":
-        return name_weight_observer(config, options.observer)
-    return name_weight_observer(config, "exact_mse" if options.data is None else "output_mse")
-
-
-def _as_json(site: Any) -> dict[str, Any]:
-    """A site's report; an infinite ratio is null, as JSON has no infinity."""
-    fields = dataclasses.asdict(site)
-    return {key: None if value in (math.inf, -math.inf) else value for key, value in fields.items()}
+    name = options.observer
+    if name is None and options.observer_kwargs is None:
+        return resolve_config(config)
+    if name == "auto":
+        name = "exact_mse" if options.data is None else "output_mse"
+    return name_weight_observer(config, name, options.observer_kwargs)
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    content: str | bytes | None
     if _is_program(options.out):
         content = load_program(options.out)[1].get(REPORT_FILE)
     else:
         file = options.out / REPORT_FILE
-        content = file.read_text() if file.is_file() else None
+        check_link(file, options.out)
+        content = read_text(file) if file.exists() else None
     if content is None:
         raise ValueError(f"{options.out} has no report: expected a .pt2 or a folder that fxmse quantize wrote")
-    _print(json.loads(content), options.json)
+    _print(_format(_parse_report(content, options.out), options.json, show_all=options.all))
 
 
-def _print(summary: dict[str, Any], as_json: bool) -> None:
+def _parse_report(content: str, path: Path) -> dict[str, Any]:
+    """Raises ValueError for what ``_quantize`` does not write."""
+    try:
+        summary = json.loads(content)
+        sites = [[site[column] for column in COLUMNS] for site in summary["sites"]]
+        facts = [summary[key] for key in ("model", "out", "scheme", "batches")]
+    except (TypeError, KeyError, RecursionError, ValueError) as error:
+        raise ValueError(
+            f"{path} has a {REPORT_FILE} that cannot be read ({type(error).__name__}: {error}): quantize it again"
+        ) from None
+    if not all(isinstance(value, str | int | float | None) for row in (*sites, facts) for value in row):
+        raise ValueError(f"{path} has a {REPORT_FILE} that fxmse did not write: quantize it again")
+    return summary
+
+
+def _format(summary: dict[str, Any], as_json: bool, *, show_all: bool = False) -> str:
     if as_json:
-        print(json.dumps(summary, indent=1))
-        return
-    rows = [[site[column] for column in _COLUMNS] for site in summary["sites"]]
-    print(tabulate(rows, list(_COLUMNS.values()), floatfmt=("", "", "", "", ".3g", ".3g", ".1f", ".3f")))
-    print(f"\n{summary['model']} to {summary['out']}: {summary['scheme']}, {summary['batches']} batches")
+        return json.dumps(summary, indent=1)
+    what = f"{summary['model']} to {summary['out']}: {summary['scheme']}, {summary['batches']} batches"
+    return f"{format_sites(summary['sites'], show_all=show_all)}\n\n{what}"
+
+
+def _print(text: str) -> None:
+    """Prints to stdout, whose reader may go when it has seen enough."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # What is still in the buffer would be tried again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, f"stdout: {error.strerror}") from None
 
 
 def _list_schemes(options: argparse.Namespace) -> None:
@@ -228,12 +371,16 @@ def _list_schemes(options: argparse.Namespace) -> None:
     for name in PRESET_SCHEMES:
         scheme = preset_name_to_scheme(name, ["Linear"])
         rows.append(
-            {"scheme": name, "weights": _describe(scheme.weights), "inputs": _describe(scheme.input_activations)}
+            {
+                "scheme": name,
+                "weights": _describe_args(scheme.weights),
+                "inputs": _describe_args(scheme.input_activations),
+            }
         )
-    print(json.dumps(rows, indent=1) if options.json else tabulate(rows, headers="keys"))
+    _print(json.dumps(rows, indent=1) if options.json else tabulate(rows, headers="keys"))
 
 
-def _describe(args: QuantizationArgs | None) -> str | None:
+def _describe_args(args: QuantizationArgs | None) -> str | None:
     return None if args is None else describe_format(args)
 
 

@@ -1,11 +1,12 @@
 """Configs to sites: which scheme each module gets, by compressed-tensors' own matching."""
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 import yaml
@@ -19,10 +20,13 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_range
 from compressed_tensors.utils.match import is_match, match_targets
+from pydantic import ValidationError
 from torch import nn
 
 from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout
+from fxmse.patterns import check_patterns
+from fxmse.reading import check_nesting, quote, read_text
 
 __all__ = [
     "CONFIG_KEY",
@@ -53,6 +57,8 @@ _DYNAMIC_STRATEGIES = ("tensor", "token", "group", "tensor_group")
 _OTHER_KEYS = ("version", "provider")
 _UNAPPLIED_KEYS = ("sparsity_config", "transform_config", "moe_sparsity_config")
 _METHOD = "compressed-tensors"
+# compressed-tensors' registry imports what stands before a colon.
+_OBSERVER = re.compile(r"[\w -]+")
 
 
 @dataclass(frozen=True)
@@ -141,18 +147,31 @@ def resolve_config(config: Config) -> QuantizationConfig:
 
     Raises:
         ValueError: a preset that compressed-tensors does not have, a key or value that it does not take, a file that
-            cannot be read as a mapping, a config that quantizes nothing.
+            cannot be read as a mapping, a config that quantizes nothing, an observer that is not a name, a regular
+            expression that may never end (:func:`fxmse.patterns.check_patterns`).
         TypeError: anything else.
     """
-    if isinstance(config, str) and not config.endswith(_FILES):
+    if not _is_path(config):
+        return _resolve(config)
+    text = read_text(Path(config))
+    try:
+        return _resolve(_parse_text(text))
+    except ValueError as error:
+        raise ValueError(f"config={str(config)!r}: {' '.join(str(error).split())}") from None
+
+
+def _is_path(config: Config) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(config, os.PathLike) or (isinstance(config, str) and config.endswith(_FILES))
+
+
+def _resolve(config: Config) -> QuantizationConfig:
+    if isinstance(config, str):
         if not is_preset_scheme(config):
             raise ValueError(
                 f"config={config!r}: expected one of the presets {', '.join(PRESET_SCHEMES)}, or the path of a file "
                 f"that ends in {', '.join(_FILES)}"
             )
         config = preset_name_to_scheme(config, ["Linear"])
-    elif isinstance(config, str | os.PathLike):
-        config = _read(Path(config))
     if isinstance(config, Mapping):
         config = _parse(config)
     if isinstance(config, QuantizationScheme):
@@ -167,15 +186,41 @@ def resolve_config(config: Config) -> QuantizationConfig:
             f"config_groups {list(config.config_groups)} quantize nothing: give weights, input_activations or "
             "output_activations, or a kv_cache_scheme"
         )
+    check_patterns(_list_targets(config))
+    _check_observers(config)
     return config
 
 
-def name_weight_observer(config: Config, name: str) -> QuantizationConfig:
-    """``config`` with an observer for weights whose scheme names none; raises as :func:`resolve_config`."""
+def _list_targets(config: QuantizationConfig) -> list[str]:
+    """Targets and ignores."""
+    return [*(target for scheme in config.config_groups.values() for target in scheme.targets), *(config.ignore or [])]
+
+
+def _check_observers(config: QuantizationConfig) -> None:
+    schemes = config.config_groups.values()
+    values = [
+        args for scheme in schemes for args in (scheme.weights, scheme.input_activations, scheme.output_activations)
+    ]
+    for args in (*values, config.kv_cache_scheme):
+        if args and args.observer and not _OBSERVER.fullmatch(args.observer):
+            raise ValueError(f"observer={quote(args.observer)}: expected the name of an observer that is registered")
+
+
+def name_weight_observer(
+    config: Config, name: str | None, observer_kwargs: Mapping[str, Any] | None = None
+) -> QuantizationConfig:
+    """``config`` with an observer for weights whose scheme names none; raises as :func:`resolve_config`.
+
+    Args:
+        config: the config; not changed.
+        name: the observer; None for the default one.
+        observer_kwargs: its arguments; None for its defaults.
+    """
     named = resolve_config(config).model_copy(deep=True)
     for scheme in named.config_groups.values():
-        if scheme.weights:
-            scheme.weights.observer = scheme.weights.observer or name
+        if scheme.weights and not scheme.weights.observer:
+            scheme.weights.observer = name or _DEFAULT_OBSERVER
+            scheme.weights.observer_kwargs = {**scheme.weights.observer_kwargs, **(observer_kwargs or {})}
     return named
 
 
@@ -183,18 +228,26 @@ def _is_empty(scheme: QuantizationScheme) -> bool:
     return not (scheme.weights or scheme.input_activations or scheme.output_activations)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _parse_text(text: str) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())  # JSON is YAML, too
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"config={str(path)!r} cannot be read: {error}") from None
+        content = yaml.safe_load(text)  # JSON is YAML, too
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"it cannot be read as YAML or JSON: {error}") from None
+    check_nesting(content, "it")
     if not isinstance(content, Mapping):
-        raise ValueError(f"config={str(path)!r}: expected a mapping of a config's fields, found {content!r}")
+        raise ValueError(f"expected a mapping of a config's fields, found {quote(content)}")
     return content
+
+
+def _abbreviate(content: object) -> str:
+    text = repr(content)
+    return text if len(text) < 50 else f"a {type(content).__name__}"
 
 
 def _parse(fields: Mapping[str, Any]) -> QuantizationConfig | QuantizationScheme:
     fields = fields.get("quantization_config", fields)
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"quantization_config={quote(fields)}: expected a mapping of a config's fields")
     method = fields.get("quant_method") or _METHOD
     if method != _METHOD:
         raise ValueError(f"config has quant_method={method!r}: expected {_METHOD}, whose configs these are")
@@ -215,6 +268,9 @@ def _parse(fields: Mapping[str, Any]) -> QuantizationConfig | QuantizationScheme
         )
     try:
         return parsed.model_validate(fields)
+    except ValidationError as error:
+        found = (f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
+        raise ValueError(f"config: {'; '.join(found)}") from None
     except (NotImplementedError, KeyError) as error:  # pydantic passes these on
         raise ValueError(f"config: {error}") from None
 
@@ -265,6 +321,7 @@ def match_schemes(config: QuantizationConfig, modules: Modules, functions: Modul
     """
     schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
     ignore = config.ignore or []
+    check_patterns(_list_targets(config), (path for path, _ in (*modules, *functions)))
     matched = Matches({}, {})
     for key, module in modules.items():
         # The first target is the most specific: a name, then an expression, then a class.

@@ -44,7 +44,7 @@ def _fake_quantize(
         x: float; a weight (out, in), an activation (..., channels), or any shape that ``scale`` broadcasts to.
         scale: float, shape qparam_shape of the strategy; divided by ``global_scale`` where there is one.
         zero_point: the same shape, or None for 0.
-        global_scale: float32, one element, or None.
+        global_scale: float32, one element, or one for each matrix of a weight, shape (..., 1, 1), or None.
         num_bits: of a :class:`fxmse.formats.grids.Grid`.
         type: "int" or "float".
         strategy: a ``QuantizationStrategy`` value.
@@ -69,6 +69,8 @@ def _fake_quantize(
     if strategy in ("group", "tensor_group"):
         assert group_size is not None
         zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
+        if global_scale is not None and global_scale.dim() > 1:
+            global_scale = global_scale.unsqueeze(-1)
         groups = x.unflatten(-1, (-1, group_size))
         result = _quantize_dequantize(groups, scale.unsqueeze(-1), zero_point, global_scale, grid)
         return result.flatten(-2).to(x.dtype)
@@ -178,7 +180,7 @@ def is_fake_quantize(node: Node) -> bool:
 @torch.library.custom_op("fxmse::measure", mutates_args=())
 def _measure(value: Tensor, global_scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
     """The range of each group, by the observer that ``spec`` describes (:mod:`fxmse.observers.searches`)."""
-    return load_search(spec).measure(value, global_scale)
+    return load_search(spec).search(value, global_scale)
 
 
 @_measure.register_fake
@@ -189,13 +191,14 @@ def _(value: Tensor, global_scale: Tensor | None, spec: str) -> tuple[Tensor, Te
 
 @torch.library.custom_op("fxmse::measure_global", mutates_args=())
 def _measure_global(value: Tensor, spec: str) -> tuple[Tensor, Tensor]:
-    """The range, shape (1,), that the global scale follows from, by the observer that ``spec`` describes."""
-    return load_search(spec).measure_global(value)
+    """The range, shape (1,) or (..., 1, 1), that the global scale follows from, by the observer ``spec`` describes."""
+    return load_search(spec).search_global(value)
 
 
 @_measure_global.register_fake
 def _(value: Tensor, spec: str) -> tuple[Tensor, Tensor]:
-    return value.new_empty(1, dtype=torch.float32), value.new_empty(1, dtype=torch.float32)
+    shape = load_search(spec).layout.as_one_group().qparam_shape(value.shape)
+    return value.new_empty(shape, dtype=torch.float32), value.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("fxmse::count", mutates_args=())

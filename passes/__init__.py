@@ -8,6 +8,7 @@ What they share, and what they put into a graph:
 - ``op_names``: the name that an op goes by.
 - ``versions``: which version of a value a node reads, where graphs write in place.
 - ``constants``: values that follow from parameters alone, as weights do.
+- ``loading``: a state dict is checked before anything of it is loaded.
 - ``finishing``: weights that wait for all data, and global scales that are shared.
 - ``trimming``: what of an observed graph observers need.
 - ``parts``: an observed graph in parts, each of which can run alone.
@@ -29,6 +30,7 @@ What they look for in a graph:
 - ``naming``: what these are called.
 - ``arranging``: which rows of a weight meet which tokens.
 - ``input_nodes``: nodes on the values that meet weights.
+- ``all_experts``: observers see the tokens of all experts.
 
 The passes:
 

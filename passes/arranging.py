@@ -9,13 +9,14 @@ from fxmse.observers.arrangements import Arrangement, Experts, Patches
 from fxmse.passes.op_names import get_op_name
 from fxmse.passes.operation import Argument, Operand, Operation
 
-__all__ = ["find_arrangement"]
+__all__ = ["find_arrangement", "find_choices"]
 
 aten = torch.ops.aten
 
 _STRIDE, _PADDING, _DILATION = Argument(3, "stride"), Argument(4, "padding"), Argument(5, "dilation")
 _OFFSETS = Argument(2, "offs")
 _OFFSET_OPS = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+_MOVES = ("transpose", "permute", "mT", "to", "_to_copy", "contiguous", "clone", "getattr")
 _CHOICES = ("index", "index_select", "getitem", "select")
 
 
@@ -44,6 +45,24 @@ def find_arrangement(operation: Operation, operand: Operand) -> tuple[Arrangemen
         return Experts(num_experts, "index"), (choices[0],)
     is_batched = name in ("bmm", "baddbmm") and not choices
     return (Experts(num_experts, "batch"), ()) if is_batched else (None, ())
+
+
+def find_choices(weight: Node, num_experts: int) -> list[tuple[Node, Experts, Node]]:
+    """The products that read matrices of a weight by a choice, how it says which, and the choice."""
+    found: list[tuple[Node, Experts, Node]] = []
+    waiting: list[tuple[Node, Node | None]] = [(weight, None)]
+    for node, choice in waiting:
+        for user in node.users:
+            name = get_op_name(user)
+            if name in _OFFSET_OPS and isinstance(offsets := _OFFSETS.get(user), Node):
+                found.append((user, Experts(num_experts, "offsets"), offsets))
+            elif name in ("bmm", "baddbmm") and choice is not None:
+                found.append((user, Experts(num_experts, "index"), choice))
+            elif name in _CHOICES and choice is None and isinstance(own := _find_choice(user), Node):
+                waiting.append((user, own))
+            elif name in _MOVES:
+                waiting.append((user, choice))
+    return found
 
 
 def _find_patches(node: Node, shape: tuple[int, ...]) -> Patches:

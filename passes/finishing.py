@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxmse.observers.states import State
+from fxmse.observers.states import State, plain_modes
 from fxmse.passes.constants import find_weights
 from fxmse.passes.probe import Probe
 
@@ -48,12 +48,8 @@ def finish_weights(graph_module: GraphModule, run: Searches = lambda weights, se
 def _search(weights: Mapping[Probe, Tensor]) -> None:
     for probe, rows in weights.items():
         if probe.waits_for_inputs:
-            assert probe.observer
             probe.state = State()
-            probe.observer.observe(rows)
-            probe.remember(rows)
-        else:
-            probe(rows)
+        probe.observe_weight(rows)
 
 
 def _share_scale(probe: Probe, state: State) -> bool:
@@ -66,7 +62,8 @@ def _find_shared(
 ) -> None:
     for first in firsts:
         observers = [probe.observer for probe in groups[first] if probe.observer]
-        range = observers[0].find_shared_global_range(observers, [weights[probe] for probe in groups[first]])
+        with plain_modes(weights[first]):
+            range = observers[0].find_shared_global_range(observers, [weights[probe] for probe in groups[first]])
         first.state = State().with_global_range(range)
 
 
@@ -75,4 +72,5 @@ def _rescale(shared: Mapping[Probe, State], weights: Mapping[Probe, Tensor]) -> 
         global_range = shared[probe].global_range
         assert probe.observer
         assert global_range
-        probe.state = probe.observer.update_with_global(State(), rows, global_range)
+        with plain_modes(rows):
+            probe.state = probe.observer.update_with_global(State(), rows, global_range)

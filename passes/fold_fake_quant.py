@@ -8,7 +8,9 @@ from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import find_owner, make_container
 from fxmse.observers.base import QPARAMS
+from fxmse.observers.states import hold
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE
+from fxmse.passes.all_experts import remove_all_experts
 from fxmse.passes.base import GraphPass
 from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.finishing import finish_weights
@@ -50,12 +52,15 @@ class FoldFakeQuant(GraphPass):
                 f"nothing was seen by {'; '.join(dict.fromkeys(unseen))}: run calibration data through the observed "
                 "graph first (fxmse.calibrate)"
             )
-        finish_weights(graph_module)  # rule 1
-        qparams = {
-            probe: {name: None if tensor is None else tensor.clone() for name, tensor in _get_qparams(probe).items()}
-            for _, probe in probes
-        }
         all_inputs = list(find_inputs(graph_module))
+        with hold([*(probe.lock for _, probe in probes), *(inputs.lock for _, inputs in all_inputs)]):
+            finish_weights(graph_module)  # rule 1
+            qparams = {
+                probe: {
+                    name: None if tensor is None else tensor.clone() for name, tensor in _get_qparams(probe).items()
+                }
+                for _, probe in probes
+            }
         observers = dict.fromkeys((find_owner(node), str(node.target)) for node, _ in (*probes, *all_inputs))
         for node, _ in all_inputs:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -64,6 +69,7 @@ class FoldFakeQuant(GraphPass):
             _replace(find_owner(node), node, probe, qparams[probe])
         for owner, target in observers:  # rule 4
             owner.delete_submodule(target)
+        remove_all_experts(graph_module)
         CloseRegions()(graph_module)  # rule 6
         return bool(probes)  # rule 5
 

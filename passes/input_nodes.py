@@ -109,6 +109,7 @@ def _insert(group: list[Meeting], versions: dict[GraphModule, Versions], order: 
         container = make_container(meeting.graph_module, parent)
         if not hasattr(container, name):
             container.add_module(name, inputs)
+            inputs.name = target
         if meeting.operand:
             by_value.setdefault((_identify(meeting, versions), meeting.others), []).append(meeting)
     for readers in by_value.values():

@@ -15,6 +15,7 @@ from fxmse.observers.base import Observer
 from fxmse.observers.input_aware import InputAwareObserver
 from fxmse.observers.inputs import Products
 from fxmse.ops import is_fake_quantize
+from fxmse.passes.all_experts import show_all_experts
 from fxmse.passes.arranging import find_arrangement
 from fxmse.passes.base import GraphPass
 from fxmse.passes.close_regions import CloseRegions
@@ -24,6 +25,7 @@ from fxmse.passes.functionalize_modules import FunctionalizeModules
 from fxmse.passes.inline_regions import InlineRegions
 from fxmse.passes.input_nodes import Meeting, insert_input_nodes
 from fxmse.passes.joins import JOINS, find_joined_values
+from fxmse.passes.loading import register_check
 from fxmse.passes.naming import Names
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
 from fxmse.passes.operation import Weight
@@ -57,17 +59,20 @@ class InsertObservers(GraphPass):
     5. Readers of the value that are not sites keep reading it as it is.
     6. A value that has a probe already is left alone.
     7. The weights of linears that read the same value share their global scale, where they have one: a runtime fuses
-       them (q/k/v, gate/up).
+       them (q/k/v, gate/up). Those of experts share one an expert.
     8. A dynamic value's probe observes nothing; it holds the place of the fake-quantize node to be.
     9. A weight whose observer asks for it (``imatrix_mse``, ``output_mse``) gets a node on the values that its op
        reads, which shows them to what is kept of them; weights that read the same values share it.
+    10. What experts read is observed of all tokens at all experts (:func:`fxmse.passes.all_experts.show_all_experts`).
 
-    The observed graph computes what it computed before, bit for bit.
+    The observed graph computes what it computed before, bit for bit. It loads no state of another calibration
+    (:mod:`fxmse.passes.loading`).
 
     Attributes:
         config: which modules get which scheme, as :func:`fxmse.config.resolve_config` takes it.
         share_across: ops, "cat" or "add", whose observed inputs and output share one observer where their arguments
             are equal, for runtimes that run them in one scale.
+        moe_calibrate_all_experts: rule 10; False observes each expert with the tokens that its router chooses for it.
 
     Raises:
         ValueError: the config matches nothing; values that do not fit their formats (all are named); the graph is
@@ -76,6 +81,7 @@ class InsertObservers(GraphPass):
 
     config: Config
     share_across: tuple[str, ...] = ()
+    moe_calibrate_all_experts: bool = True
 
     def __post_init__(self) -> None:
         """Raises ValueError for an op that cannot be shared across."""
@@ -104,8 +110,11 @@ class InsertObservers(GraphPass):
                 observation.reads.sort(key=lambda read: order[read.reader])
                 _insert(observation, probes)
             insert_input_nodes(_list_meetings(plan), order)
+            if self.moe_calibrate_all_experts:
+                show_all_experts(read.operation for observation in plan for read in observation.reads)
         finally:
             CloseRegions()(graph_module)
+        register_check(graph_module)
         graph_module.meta[CONFIG_KEY] = config
         graph_module.meta.pop(MODULES_KEY, None)
         return modified or bool(plan)
@@ -206,7 +215,8 @@ def _identify_fused(read: Read) -> object:
         return None
     operand = read.operation.operands[0]
     value = skip_probes(read.graph_module, operand.argument.get(operand.reader))
-    return value, args.num_bits, args.type, args.group_size, args.scale_dtype
+    matrices = read.weight.view.shape[:-2] if read.weight.view.layout in ("rows", "columns") else ()
+    return value, matrices, args.num_bits, args.type, args.group_size, args.scale_dtype
 
 
 def _share_across(graph_module: GraphModule, plan: list[_Observation], names: tuple[str, ...]) -> None:

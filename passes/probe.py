@@ -1,39 +1,56 @@
 """The node that an observer is in a graph."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import list_graphs
 from fxmse.config import Site, check_dynamic_shape
 from fxmse.observers.base import Observer
+from fxmse.observers.fingerprints import find_fingerprint, has_values
 from fxmse.observers.input_aware import InputAwareObserver
 from fxmse.observers.inputs import Inputs
-from fxmse.observers.states import State
+from fxmse.observers.states import Described, Lock, State
 from fxmse.passes.weight_view import WeightView
 
 __all__ = [
     "Probe",
+    "check_unobserved",
     "find_called",
     "find_inputs",
     "find_probe",
     "find_probes",
     "skip_probes",
-    "sum_bits",
 ]
 
-_UNKNOWN = (-1, -1)  # no weight's version
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_AT_A_TIME = 1 << 22  # elements whose bits are held as int64 at a time
+_FINGERPRINT, _UNKNOWN = "fingerprint", "unknown"
 
 
-class Probe(nn.Module):
+@dataclass(frozen=True)
+class _Seen:
+    """The weight that was observed.
+
+    Attributes:
+        place: where it lay, and which version of it that was; None where nothing says.
+        facts: its shape, its dtype and what it held, in words; empty for no weight.
+    """
+
+    place: tuple[int, int] | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+class Probe(Described):
     """An observer as a node of a graph: shows it the value and passes the value on.
 
     Returning the value keeps the node in the data flow; a node without users would be removed as dead code.
+
+    A weight is observed once, and again only after it was changed. Of one that lies where it lay, and whose version
+    is what it was, a run of the graph takes that for granted. What follows from weights asks what they hold
+    (:meth:`knows`): ``calibrate`` and ``convert`` do, since no version says what was written through ``.data``, through
+    numpy or in inference mode.
 
     Args:
         observer: the observer; None for a dynamic value, whose probe only holds its place.
@@ -58,14 +75,15 @@ class Probe(nn.Module):
         self.view = view
         self.is_computed = is_computed
         self.global_group = global_group
+        self.lock = observer.lock if observer else Lock()
         self.given: dict[str, Tensor | None] | None = None  # qparams that take the place of the observer's
-        self._version_seen: tuple[int, int] | None = None  # None: what is known of the weight comes from elsewhere
+        self._seen: _Seen | None = _Seen()  # None: a state that was loaded does not say what it is of
         self._inputs_seen: Tensor | None = None
         if observer:
             observer.name = self.name
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """The sites' names."""
         return ", ".join(site.name for site in self.sites)
 
@@ -92,17 +110,39 @@ class Probe(nn.Module):
     def go_back(self, state: State) -> None:
         """Goes back to an earlier state; a weight that was observed since then is unknown."""
         if any(now is not then for now, then in zip(self.state, state, strict=True)):
-            self.state, self._version_seen = state, _UNKNOWN
+            self.state, self._seen = state, _Seen()
 
     @property
     def waits_for_inputs(self) -> bool:
         """Whether the weight can be searched only after the activations were seen."""
         return self.observer is not None and self.observer.needs_inputs
 
-    def forward(self, value: Tensor) -> Tensor:
-        """Returns ``value`` as it is."""
-        if self.given is not None or self.waits_for_inputs or (self.is_weight and self._is_known(value)):
+    def forward(self, value: Tensor, shown: Tensor | None = None) -> Tensor:
+        """Returns ``value`` as it is.
+
+        Args:
+            value: what is to be quantized.
+            shown: what the observer is shown in its place, where that is more.
+        """
+        if self.given is not None or self.waits_for_inputs:
             return value
+        if not self.is_weight:
+            self._observe(value if shown is None else shown)
+        elif not has_values(value):
+            if not self.has_statistics:
+                self._observe(value)
+        else:
+            with self.lock:
+                if not self._is_unchanged(value):
+                    self.observe_weight(value)
+        return value
+
+    def observe_weight(self, weight: Tensor) -> None:
+        """Observes a weight, whatever is known of it."""
+        self._observe(weight)
+        self.remember(weight)
+
+    def _observe(self, value: Tensor) -> None:
         try:
             if self.observer:
                 self.observer.observe(value)
@@ -110,29 +150,40 @@ class Probe(nn.Module):
                 check_dynamic_shape(self.sites[0].args, value.shape)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        return value
 
-    def _is_known(self, weight: Tensor) -> bool:
-        if torch.compiler.is_compiling():
-            return self.has_statistics
-        is_known = self.knows(weight)
-        self.remember(weight)
-        return is_known
+    def _is_unchanged(self, weight: Tensor) -> bool:
+        """:meth:`knows`, which takes a weight that no version says was changed for unchanged."""
+        place = self._find_place(weight)
+        is_same = self._seen is not None and place is not None and self._seen.place == place
+        return self.has_statistics and self._has_seen_inputs if is_same else self.knows(weight)
 
     def knows(self, weight: Tensor) -> bool:
         """Whether the weight was observed as it is now, with the inputs that are known now."""
-        is_seen = self._version_seen in (None, self._find_version(weight)) and self._inputs_seen is self._sums
-        return is_seen and self.has_statistics
+        if not (self.has_statistics and self._has_seen_inputs):
+            return False
+        if self._seen is None:
+            self.remember(weight)
+        elif not self._seen.facts or self._seen.facts != _describe_weight(weight):
+            return False
+        else:
+            self._seen = replace(self._seen, place=self._find_place(weight))
+        return True
 
     def remember(self, weight: Tensor) -> None:
         """Takes what was observed for that of the weight and its inputs as they are now."""
-        self._version_seen, self._inputs_seen = self._find_version(weight), self._sums
+        facts = _describe_weight(weight)
+        seen = facts if _FINGERPRINT in facts else {}
+        self._seen, self._inputs_seen = _Seen(self._find_place(weight), seen), self._sums
 
-    def _find_version(self, weight: Tensor) -> tuple[int, int]:
-        if self.is_computed:
-            return 0, sum_bits(weight) or 0
-        # Inference tensors have no version: those are known by their place alone.
-        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    def forget(self) -> None:
+        """Has the weight be observed anew where it is seen next."""
+        self._seen = _Seen()
+
+    def _find_place(self, weight: Tensor) -> tuple[int, int] | None:
+        """Where a weight lies and which version of it that is; None where that says nothing."""
+        if self.is_computed or weight.is_inference():
+            return None
+        return weight.data_ptr(), weight._version
 
     @property
     def inputs(self) -> Inputs | None:
@@ -143,21 +194,51 @@ class Probe(nn.Module):
     def _sums(self) -> Tensor | None:
         return None if self.inputs is None else self.inputs.sums
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._version_seen = None
-        super()._load_from_state_dict(*args, **kwargs)
+    @property
+    def _has_seen_inputs(self) -> bool:
+        return self._inputs_seen is self._sums
+
+    def describe(self) -> dict[str, str]:
+        """The weight that was observed: its shape, its dtype and what it holds; of an activation nothing."""
+        if not self.is_weight or self.observer is None or not self.observer.has_statistics or self._seen is None:
+            return {}
+        return dict(self._seen.facts) or {_FINGERPRINT: _UNKNOWN}
+
+    def find_difference(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """None: a probe does not know its weight; :meth:`compare_weight` does."""
+        return None
+
+    def compare_weight(
+        self, state_dict: Mapping[str, Any], prefix: str, weight: Tensor, *, is_loaded: bool
+    ) -> str | None:
+        """As :meth:`find_difference`, for the weight that the probe sees.
+
+        Args:
+            state_dict: as of :meth:`find_difference`, as is ``prefix``.
+            prefix: see above.
+            weight: as it is now.
+            is_loaded: whether the state dict has the weight's values, too.
+        """
+        there, here = self.read_facts(state_dict, prefix), _describe_weight(weight)
+        if is_loaded or there.get(_FINGERPRINT) == _UNKNOWN:
+            here.pop(_FINGERPRINT, None)
+        return self._compare(there, here)
+
+    def _make_room(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        facts = self.read_facts(state_dict, prefix)
+        is_unknown = facts.get(_FINGERPRINT) == _UNKNOWN
+        self._seen, self._inputs_seen = _Seen(facts={} if is_unknown else facts) if facts else None, None
 
     def extra_repr(self) -> str:
         """What the probe looks at."""
         return self.name
 
 
-def sum_bits(weight: Tensor) -> int | None:
-    """A sum that every order of adding up gives, on every device; None for a weight without values."""
-    if weight.is_meta:
-        return None
-    bits = weight.detach().contiguous().view(_INTEGERS[weight.element_size()]).flatten()
-    return sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_AT_A_TIME))
+def _describe_weight(weight: Tensor) -> dict[str, str]:
+    """Its shape, its dtype and, where it has values, their fingerprint."""
+    facts = {"shape": str(tuple(weight.shape)), "dtype": str(weight.dtype)}
+    fingerprint = find_fingerprint(weight)
+    return facts if fingerprint is None else {**facts, _FINGERPRINT: str(fingerprint)}
 
 
 def find_called(graph_module: GraphModule, node: object) -> nn.Module | None:
@@ -179,6 +260,12 @@ def find_probes(graph_module: GraphModule) -> Iterator[tuple[Node, Probe]]:
         for node in graph.graph.nodes:
             if probe := find_probe(graph, node):
                 yield node, probe
+
+
+def check_unobserved(model: object) -> None:
+    """Raises ValueError for a graph that has observers."""
+    if isinstance(model, GraphModule) and any(True for _ in find_probes(model)):
+        raise ValueError("the graph has observers already: calibrate it, and fold it with fxmse.convert")
 
 
 def find_inputs(graph_module: GraphModule) -> Iterator[tuple[Node, Inputs]]:

@@ -10,7 +10,7 @@ from fxmse.passes.constants import is_moved
 from fxmse.passes.op_names import get_op_name
 from fxmse.passes.operation import Operation
 
-__all__ = ["find_routers"]
+__all__ = ["find_routers", "list_indices"]
 
 # Ops that give the places of the largest values, and where: the node itself, or the second of what it gives.
 _INDICES = ("argmax", "argsort")
@@ -35,13 +35,14 @@ def find_routers(operations: Sequence[Operation]) -> set[Node]:
         if not operation.has_weight:
             continue
         result = _follow([operation.node], lambda _, user: user not in by_node)  # Rule 1.
-        indices = list(itertools.chain.from_iterable(map(_list_indices, result)))
+        indices = list(itertools.chain.from_iterable(map(list_indices, result)))
         if indices and _choose_experts(indices, operation.node, by_node):
             routers.add(operation.node)
     return routers
 
 
-def _list_indices(node: Node) -> list[Node]:
+def list_indices(node: Node) -> list[Node]:
+    """The nodes that have the places of largest values, if ``node`` finds them."""
     name = get_op_name(node)
     if name in _INDICES:
         return [node]

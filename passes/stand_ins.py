@@ -1,13 +1,13 @@
 """The modules that nodes were traced from, as compressed-tensors' matching wants to see them."""
 
 import functools
-import importlib
 import re
+import sys
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
-__all__ = ["find_call", "find_module", "list_modules"]
+__all__ = ["find_call", "find_module", "list_modules", "make_stand_in"]
 
 
 def find_call(node: Node) -> str:
@@ -38,8 +38,8 @@ def find_module(
     path = re.sub(r"@\d+", "", path)
     owner = parameter.rpartition(".")[0] if parameter else path
     if owner != path and f"{owner}.".startswith(f"{path}." if path else ""):
-        return owner, _make_stand_in(class_name, class_name)
-    return path, _make_stand_in(module_class, class_name)
+        return owner, make_stand_in(class_name, class_name)
+    return path, make_stand_in(module_class, class_name)
 
 
 def list_modules(graph_module: GraphModule) -> dict[str, nn.Module]:
@@ -47,11 +47,12 @@ def list_modules(graph_module: GraphModule) -> dict[str, nn.Module]:
     calls = dict(
         call for node in graph_module.graph.nodes for call in (node.meta.get("nn_module_stack") or {}).values()
     )
-    return {re.sub(r"@\d+", "", path): _make_stand_in(module_class, "Module") for path, module_class in calls.items()}
+    return {re.sub(r"@\d+", "", path): make_stand_in(module_class, "Module") for path, module_class in calls.items()}
 
 
 @functools.cache
-def _make_stand_in(module_class: type | str, op_class_name: str) -> nn.Module:
+def make_stand_in(module_class: type | str, op_class_name: str) -> nn.Module:
+    """A module of a class, or one of that name, that answers to the op's class as well."""
     op_class = getattr(nn, op_class_name, None) or type(op_class_name, (nn.Module,), {})
     resolved = _resolve_class(module_class) if isinstance(module_class, str) else module_class
     if not issubclass(resolved, op_class):
@@ -60,9 +61,8 @@ def _make_stand_in(module_class: type | str, op_class_name: str) -> nn.Module:
 
 
 def _resolve_class(qualified_name: str) -> type:
+    """The class, where its module is imported already: a program may name any, and importing would run it."""
     module_name, _, name = qualified_name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError):
-        found = None  # a class made inside a function, or in a module that is gone
+    # Not by getattr, for which some modules import others.
+    found = vars(sys.modules[module_name]).get(name) if module_name in sys.modules else None
     return found if isinstance(found, type) and issubclass(found, nn.Module) else type(name, (nn.Module,), {})

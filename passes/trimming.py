@@ -7,7 +7,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxmse.capture.attributes import find_regions
 from fxmse.capture.front_ends import copy_graph_module
 from fxmse.observers.inputs import Inputs
-from fxmse.passes.probe import Probe, find_called
+from fxmse.passes.probe import Probe, find_called, find_inputs, find_probes
 from fxmse.passes.versions import Versions
 
 __all__ = ["find_sources_of_activations", "observes_activations", "return_as_written", "trim"]
@@ -19,8 +19,9 @@ def find_sources_of_activations(graph_module: GraphModule) -> set[Node]:
 
 
 def observes_activations(graph_module: GraphModule) -> bool:
-    """Whether data has to run through an observed graph."""
-    return bool(_list_watchers(graph_module))
+    """Whether data has to run through an observed graph: of dynamic values nothing is kept."""
+    probes = (probe for _, probe in find_probes(graph_module))
+    return any(find_inputs(graph_module)) or any(probe.observer and not probe.is_weight for probe in probes)
 
 
 def trim(graph_module: GraphModule, *, keep_outputs: bool) -> GraphModule:
@@ -55,7 +56,7 @@ def _list_watchers(graph_module: GraphModule) -> list[Node]:
 def _watches(graph_module: GraphModule, node: Node) -> bool:
     """Whether a node, or one in the branches and loops that it runs, looks at an activation."""
     called = find_called(graph_module, node)
-    if isinstance(called, Inputs) or (isinstance(called, Probe) and not called.is_weight and called.observer):
+    if isinstance(called, Inputs) or (isinstance(called, Probe) and not called.is_weight):
         return True
     return any(_list_watchers(region) for region in find_regions(graph_module, node))
 

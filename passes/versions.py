@@ -14,7 +14,7 @@ from fxmse.capture.attributes import find_regions, get_attribute
 from fxmse.passes.op_names import get_op_name
 from fxmse.passes.probe import Probe
 
-__all__ = ["Versions", "identify_memory", "list_operands", "may_share_memory"]
+__all__ = ["Versions", "identify_memory", "list_operands", "list_written", "may_share_memory"]
 
 # What may give back its argument itself, though no schema says so.
 _PASS_ON = frozenset(
@@ -70,6 +70,15 @@ class Versions:
     def is_written(self, value: Node) -> bool:
         """Whether anything writes the memory of ``value``."""
         return any(not self._memory[value].isdisjoint(written) for _, written in self._writes)
+
+    def share_memory(self, one: Node, other: Node) -> bool:
+        """Whether two values may share memory."""
+        return not self._memory[one].isdisjoint(self._memory[other])
+
+
+def list_written(graph_module: GraphModule, node: Node) -> list[Node]:
+    """The inputs that a node writes in place."""
+    return _find_effects(graph_module, node)[0]
 
 
 def _identify_memory(graph_module: GraphModule, node: Node) -> object:

@@ -63,9 +63,8 @@ def _quantize_by_hand(module, scheme, qparams, prefix):
     for name, parameter in list(module.named_parameters(recurse=False)):
         base_name = "weight" if name == "weight" else f"{name}_weight"
         if f"{base_name}_scale" in own:
-            for kind in ("scale", "zero_point", "global_scale"):
-                setattr(module, f"weight_{kind}", own.get(f"{base_name}_{kind}"))
-            rows = forward_quantize(module, to_rows(parameter.detach()), "weight", scheme.weights)
+            qparams = {kind: own.get(f"{base_name}_{kind}") for kind in ("scale", "zero_point", "global_scale")}
+            rows = _quantize_matrices(module, to_rows(parameter.detach()), qparams, scheme.weights)
             parameter.data = from_rows(rows, parameter.shape)
     if scheme.input_activations:
         for kind in ("scale", "zero_point", "global_scale"):
@@ -73,6 +72,16 @@ def _quantize_by_hand(module, scheme, qparams, prefix):
         module.register_forward_pre_hook(
             lambda module, args: (forward_quantize(module, args[0], "input", scheme.input_activations), *args[1:])
         )
+
+
+def _quantize_matrices(module, rows, qparams, args):
+    """Rows (out, in), or each expert's (experts, out, in) for itself, as the linear that a checkpoint has of it."""
+    if rows.dim() > 2:
+        parts = [{kind: None if q is None else q[n] for kind, q in qparams.items()} for n in range(len(rows))]
+        return torch.stack([_quantize_matrices(module, *part, args) for part in zip(rows, parts, strict=True)])
+    for kind, value in qparams.items():
+        setattr(module, f"weight_{kind}", value.flatten() if value is not None and value.numel() == 1 else value)
+    return forward_quantize(module, rows, "weight", args)
 
 
 def list_sites(quantized: GraphModule) -> list[str]:

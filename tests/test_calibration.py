@@ -192,6 +192,21 @@ def test_training_goes_straight_through():
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-3)
 
 
+def test_dropout_is_refused_until_it_is_folded():
+    model = nn.Sequential(nn.Linear(32, 64), nn.Dropout(), nn.Linear(64, 16)).train()
+    batch, calibration = make_batches(5)[0], fxmse.Calibration(W8A8)
+    with pytest.raises(
+        BackendCompilerFailed, match=r"computes as in training mode in .*: .* Call model.eval\(\) before"
+    ):
+        torch.compile(model, backend=calibration)(batch)
+    torch._dynamo.reset()
+    step = torch.compile(model.eval(), backend=calibration)
+    step(batch)
+    calibration.fold()
+    model.train()
+    assert step(batch).requires_grad  # another graph, with dropout
+
+
 @torch.no_grad()
 def test_a_bad_batch_is_named_and_not_kept():
     model, batches = make_mlp(), make_batches(5, 5)

@@ -5,11 +5,13 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import FRONT_ENDS, Attention, make_config, make_front_ends
 from torch import nn
 
 import fxmse
 from fxmse.capture.front_ends import capture, copy_graph_module, split_inputs
+from fxmse.passes import InsertObservers
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
@@ -148,6 +150,77 @@ def test_graphs_of_training_mode_compute_as_in_evaluation_mode(front_end):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     torch.testing.assert_close(first, model.eval()(X))
+
+
+def attend(model, x):
+    x = x[None]
+    return F.scaled_dot_product_attention(x, x, x, None, 0.5 if model.training else 0.0)[0]
+
+
+def normalize(model, x):
+    norm = model.norm
+    statistics = (norm.running_mean, norm.running_var, model.training, 0.1, 1e-5, True)
+    return torch.batch_norm(x, norm.weight, norm.bias, *statistics)
+
+
+def normalize_instances(model, x, *statistics):
+    x = x[..., None] * torch.arange(1, 4)
+    return F.instance_norm(x, *statistics, use_input_stats=model.training or not statistics)[..., 0]
+
+
+KINDS = {
+    "F.dropout": lambda m, x: F.dropout(x, 0.5, m.training),
+    "torch.dropout": lambda m, x: torch.dropout(x, 0.5, m.training),
+    "torch.alpha_dropout": lambda m, x: torch.alpha_dropout(x, 0.5, m.training),
+    "torch.native_dropout": lambda m, x: torch.native_dropout(x, 0.5, m.training)[0],
+    "torch.rrelu": lambda m, x: torch.rrelu(x, 0.1, 0.3, m.training),
+    "torch.batch_norm": normalize,
+    "F.instance_norm": lambda m, x: normalize_instances(m, x, m.norm.running_mean, m.norm.running_var),
+    "a norm without statistics": normalize_instances,
+    "attention": attend,
+    "modules in modules": lambda m, x: m.encoder(x[None])[0],
+    "LSTM": lambda m, x: m.recurrent(x[None])[0][0],
+}
+
+
+class Trained(nn.Module):
+    """What torch has that does something else in training mode, one kind at a time."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.first, self.last = kind, nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+        self.recurrent = nn.LSTM(8, 8, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        return self.last(KINDS[self.kind](self, self.first(x)))
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.recurrent._flat_weights")  # of torch.export
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("front_end", ["export", "symbolic_trace"])
+def test_whatever_trains_is_evaluated(front_end, kind):
+    model = Trained(kind).train()
+    traced = torch.export.export(model, (X,)) if front_end == "export" else torch.fx.symbolic_trace(model)
+    before = copy.deepcopy(model.state_dict())
+    graph_module = capture(traced)
+    outputs = [graph_module(X), graph_module(X)]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert torch.equal(*outputs)
+    torch.testing.assert_close(outputs[0], model.eval()(X))
+
+
+@pytest.mark.parametrize("kind", ["torch.dropout", "attention", "torch.batch_norm"])
+def test_a_calibration_of_what_trains_is_refused(kind):
+    traced = torch.fx.symbolic_trace(Trained(kind).train())
+    InsertObservers("W8A8")(traced)
+    with pytest.raises(
+        ValueError, match=r"computes as in training mode in \w+: .* Make the observed graph with fxmse.pr"
+    ):
+        fxmse.calibrate(traced, [X], progress=False)
 
 
 def test_a_cache_is_switched_off_and_on_again():

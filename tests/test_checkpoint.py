@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -19,6 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxmse
+from fxmse.config import resolve_config
+from fxmse.outputs.checkpoint import _foresee_qparams, _read_sites, check_saveable, find_tied
+from fxmse.outputs.space import estimate_checkpoint
+from fxmse.passes.probe import find_probes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -196,8 +201,11 @@ def test_a_cache_that_compressed_tensors_does_not_know_is_refused(llama, tmp_pat
 def test_what_has_no_place_is_named(tmp_path):
     architecture = ARCHITECTURES["Mixtral"]
     model, inputs = architecture.make_model(), architecture.make_inputs(2, 0)
-    config = {"config_groups": {"W4A16": ["re:.*experts$"]}}
-    quantized = fxmse.quantize(export(model, inputs), config, progress=False)
+    outputs = {"num_bits": 8, "observer": "static_minmax"}  # of a product that is two in a checkpoint
+    scheme = QuantizationScheme(
+        targets=["re:.*experts$"], weights=SEARCHED_BELOW_ZERO.weights, output_activations=outputs
+    )
+    quantized = fxmse.quantize(export(model, inputs), scheme, [inputs], progress=False)
     with pytest.raises(ValueError, match=r"no place for .*experts.gate_up_proj_weight.*Leave these out of the config"):
         fxmse.save_pretrained(quantized, model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -252,6 +260,56 @@ def test_a_folder_of_something_else_is_not_replaced(llama, checkpoints, tmp_path
         assert sorted(tmp_path.rglob("*")) == before
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("has_links", [False, True])
+def test_what_somebody_put_into_a_checkpoints_folder_stays(llama, checkpoints, tmp_path, monkeypatch, has_links):
+    folder, graphs, _ = checkpoints
+    out = tmp_path / "out"
+    shutil.copytree(folder / "W4A16", out)
+    (out / "README.md").write_text("mine")
+    (out / "runs" / "deep").mkdir(parents=True)
+    (out / "runs" / "deep" / "log").write_text("mine, too")
+    (out / "runs" / "latest").symlink_to("deep")
+    (out / "elsewhere").symlink_to("/nowhere")
+    for stale in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "fxmse_report.json"):
+        (out / stale).write_text("old")
+
+    def refuse(*_, **__):
+        raise OSError("no links here")
+
+    if not has_links:
+        monkeypatch.setattr("os.link", refuse)
+    fxmse.save_pretrained(graphs["FP8"], llama[torch.float32][0], out)
+    own = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in out.iterdir()} == own | {"README.md", "runs", "elsewhere"}
+    assert (out / "README.md").read_text() == "mine"
+    assert (out / "runs" / "latest" / "log").read_text() == "mine, too"
+    assert (out / "elsewhere").readlink() == Path("/nowhere")
+    assert load_file(out / "model.safetensors").keys() == load_file(folder / "FP8" / "model.safetensors").keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@torch.no_grad()
+def test_places_that_are_others_are_refused_before_anything_is_done(llama, checkpoints, tmp_path, monkeypatch):
+    _, graphs, _ = checkpoints
+    model = copy.copy(llama[torch.float32][0])
+    model.name_or_path = str(tmp_path / "float")
+    for name, config in (("float", {}), ("awq", {"quantization_config": {"quant_method": "awq"}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "link").symlink_to("awq")
+    monkeypatch.setattr(ModelCompressor, "from_pretrained_model", None)
+    for name, message in (
+        ("awq", "awq holds a checkpoint of awq, which fxmse did not write"),
+        ("link", "link is a symbolic link to awq"),
+        ("float", "float exists and holds no quantized checkpoint"),
+        ("float/out", "float/out is in .*float, which is read"),
+        ("none/out", "none is no folder that can be written"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fxmse.save_pretrained(graphs["FP8"], model, tmp_path / name)
+
+
 def test_a_tied_weight_is_named(tmp_path):
     model = ARCHITECTURES["GPT-2"].make_model()
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -261,6 +319,35 @@ def test_a_tied_weight_is_named(tmp_path):
     )
     with pytest.raises(ValueError, match=r"wte.weight and lm_head.weight are one tied parameter.*ignore list"):
         fxmse.save_pretrained(quantized, model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_can_be_saved_is_known_before_the_search(llama, checkpoints, name):
+    folder, graphs, _ = checkpoints
+    model, program = llama[torch.bfloat16 if name in IN_BFLOAT16 else torch.float32]
+    observed = fxmse.prepare(program, CONFIGS[name])
+    check_saveable(observed, model)
+    foreseen = {s.name: set(_foresee_qparams(s.args)) for _, probe in find_probes(observed) for s in probe.sites}
+    found = {
+        site: {k for k, v in qparams.items() if v is not None} for site, qparams in _read_sites(graphs[name]).items()
+    }
+    assert foreseen == found
+    size = (folder / name / "model.safetensors").stat().st_size
+    assert 0.6 * size < estimate_checkpoint(observed, model) <= size
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_what_cannot_be_saved_is_known_before_the_search(llama):
+    _, program = llama[torch.float32]
+    observed = fxmse.prepare(program, CONFIGS["FP8"])
+    with pytest.raises(ValueError, match=r"model is a Linear: expected a transformers.PreTrainedModel"):
+        check_saveable(observed, nn.Linear(2, 2))
+    model, inputs = ARCHITECTURES["GPT-2"].make_model(), ARCHITECTURES["GPT-2"].make_inputs(2, 0)
+    config = resolve_config({"config_groups": {"FP8_BLOCK": ["re:.*lm_head"]}})
+    with pytest.raises(ValueError, match=r"wte.weight and lm_head.weight are one tied parameter.*ignore list"):
+        check_saveable(fxmse.prepare(export(model, inputs), config), model)
+    assert find_tied(config, model) == {"lm_head": "transformer.wte.weight and lm_head.weight"}
+    assert not find_tied(config.model_copy(update={"ignore": ["lm_head"]}), model)
 
 
 def copy_with(folder, tmp_path, change):
@@ -305,6 +392,24 @@ def test_a_checkpoint_that_does_not_fit_is_refused(llama, checkpoints, tmp_path,
         fxmse.load_qparams(observed, copy_with(folder / "W8A8 static", tmp_path, change))
     with pytest.raises(ValueError, match="nothing was seen by"):
         fxmse.convert(observed)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("null", "index.json: expected a mapping, found None"),
+        ("{}", "index.json has no weight_map"),
+        ('{"weight_map": ["a"]}', "index.json has no weight_map"),
+        ('{"weight_map": {"a": 1}}', "index.json has no weight_map"),
+        ('{"weight_map": {"a": "../a"}}', r"index.json names '../a': expected the name of a file beside it"),
+        ('{"weight_map": {"a": "none"}}', "No such file or directory: .*none"),
+    ],
+)
+def test_an_index_of_something_else_is_refused(llama, tmp_path, content, message):
+    observed = fxmse.prepare(llama[torch.float32][1], CONFIGS["FP8"])
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=f"cannot be read as a checkpoint of safetensors: .*{message}"):
+        fxmse.load_qparams(observed, tmp_path)
 
 
 def test_a_truncated_or_missing_file_is_refused(llama, checkpoints, tmp_path):

@@ -131,7 +131,7 @@ def test_configs_come_as_a_mapping_or_a_file_of_one(suffix, tmp_path):
         ({"targets": ["Linear"], "weights": {"num_bits": "many"}}, "num_bits"),
         ({"targets": ["Linear"], "input_activations": {"strategy": "channel"}}, "strategy is not supported"),
         ({"targets": ["Linear"]}, r"config_groups \['group_0'\] quantize nothing"),
-        ("missing.json", "config='missing.json' cannot be read"),
+        ("missing.json", "missing.json cannot be read"),
     ],
 )
 def test_configs_that_say_something_else_are_named(config, named):

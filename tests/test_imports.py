@@ -13,7 +13,7 @@ import fxmse
 PACKAGE = Path(fxmse.__file__).parent
 # Each room, a folder or a file of the package, may import those on the floors above it in this list.
 FLOORS = (
-    ("formats",),
+    ("formats", "reading", "patterns"),
     ("search", "config"),
     ("observers",),
     ("ops",),

@@ -203,7 +203,7 @@ def test_experts_keep_their_leading_dimension(strategy):
     model = OPS["bmm"][0]
     observed = fxmse.prepare(torch.fx.symbolic_trace(model), make_config("re:.*", weights={"num_bits": 4, **strategy}))
     scale = fxmse.convert(fxmse.calibrate(observed, progress=False)).state_dict()["weight_scale"]
-    assert scale.shape == ((1,) if strategy["strategy"] == "tensor" else (2, 6, 2))
+    assert scale.shape == ((2, 1, 1) if strategy["strategy"] == "tensor" else (2, 6, 2))
 
 
 def test_experts_in_blocks():

@@ -99,3 +99,63 @@ def test_local_values_and_attention_states_are_reported():
         ("", "v"): ("int8 symmetric attn_head", 2, 1.0),
     }
     assert all(r.sqnr > 15 for r in reports)
+
+
+FORMATS = {
+    "int4_g32": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+    "int8_channel": {"num_bits": 8, "strategy": "channel"},
+    "int8_tensor": {"num_bits": 8, "strategy": "tensor"},
+    "fp8_block": BLOCKS,
+    "nvfp4": NVFP4.model_dump(),
+}
+
+
+# NVFP4's global scale would leave float32.
+SIZES = [*((name, 1.0) for name in FORMATS), *((name, s) for name in FORMATS if name != "nvfp4" for s in (1e-25, 1e25))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "size"), SIZES)
+@torch.no_grad()
+def test_blocks_add_up_to_the_sums_of_float64(name, dtype, size, monkeypatch):
+    monkeypatch.setattr("fxmse.outputs.noise._BLOCK", 1 << 14)  # several blocks, the last of them smaller
+    torch.manual_seed(0)
+    weight = (torch.randn(300, 160) * torch.logspace(0, -3, 300)[:, None] * size).to(dtype)
+    linear = nn.Linear(160, 300, bias=False, dtype=dtype).eval()
+    linear.weight.data = weight
+    model = torch.fx.symbolic_trace(nn.Sequential(linear))
+    quantized = fxmse.quantize(model, make_config(weights={**FORMATS[name], "observer": "minmax"}), progress=False)
+    (site,) = fxmse.report(quantized)
+    node = next(node for node in quantized.graph.nodes if node.name.endswith("fake_quant"))
+    state = quantized.state_dict()
+    qparams = [None if arg is None else state[arg.target] for arg in node.args[1:4]]
+    noise = torch.ops.fxmse.fake_quantize(weight, *qparams, *node.args[4:]).double() - weight.double()
+    sqnr = 10 * math.log10(weight.double().square().sum() / noise.square().sum())
+    assert site.sqnr == pytest.approx(sqnr, abs=1e-4)
+    assert site.range_ratio == pytest.approx(1, abs=1e-6)
+
+
+@torch.no_grad()
+def test_a_report_without_batches_is_of_weights():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 8)).eval(), torch.randn(16, 32)
+    config = make_config(inputs={"symmetric": False})
+    quantized = fxmse.quantize(model, config, [x], progress=False)
+    weight, activation = fxmse.report(quantized)
+    both = fxmse.report(quantized, [x])
+    assert weight == both[0]
+    assert math.isnan(activation.sqnr)
+    assert math.isnan(activation.range_ratio)
+    assert (activation.format, activation.scale_min) == (both[1].format, both[1].scale_min)
+
+
+@torch.no_grad()
+def test_batches_are_not_run_for_weights():
+    def make_batches():
+        yield torch.randn(16, 32)
+        raise AssertionError("a second batch was asked for")
+
+    quantized = fxmse.quantize(
+        torch.fx.symbolic_trace(nn.Sequential(nn.Linear(32, 8))), make_config(inputs=None), progress=False
+    )
+    assert fxmse.report(quantized, make_batches()) == fxmse.report(quantized)

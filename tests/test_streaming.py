@@ -210,7 +210,7 @@ def test_what_it_takes_is_known_before(tmp_path):
     for scheme in ("W4A16_ASYM", "NVFP4", "FP8"):
         config = make_config(scheme, **{"group_size": 32} if scheme == "W4A16_ASYM" else {})
         observed = fxmse.prepare(model, config, make_batches("Llama")[0])
-        sites = [site.name for _, probe in find_probes(observed) for site in probe.sites]
+        sites = [site for _, probe in find_probes(observed) for site in probe.sites]
         out = tmp_path / scheme
         fxmse.quantize_checkpoint(tmp_path / "float", config, make_batches("Llama"), out=out, progress=False)
         expected = sum(tensor.nbytes for tensor in load_tensors(out).values())
@@ -223,12 +223,6 @@ def test_a_folder_that_lacks_tensors_is_refused(tmp_path):
     tensors = load_file(file)
     name, tensor = tensors.popitem()
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="names tensors that no file has"):
-        fxmse.quantize_checkpoint(tmp_path / "float", W4A16, out=tmp_path / "out")
-    index = tmp_path / "float" / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    del content["weight_map"][name]
-    index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"lacks {re.escape(name)}"):
         fxmse.quantize_checkpoint(tmp_path / "float", W4A16, out=tmp_path / "out")
     save_file({**tensors, name: torch.cat([tensor, tensor])}, file, metadata={"format": "pt"})

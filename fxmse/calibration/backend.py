@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from fxmse.calibration.observing import observe_or_roll_back
 from fxmse.capture.attributes import find_owner
+from fxmse.capture.evaluation import refuse_training
 from fxmse.capture.front_ends import copy_graph_module
 from fxmse.capture.lifted import Lifted, bind_parameters, find_lifted
 from fxmse.config import AllLeftInFloatError, Config, NothingMatchedError, resolve_config
@@ -46,8 +47,8 @@ class Calibration:
             as a model of its own.
 
     Raises:
-        ValueError: a config that is none. While ``step`` runs: NaN or Inf (what was observed before is kept), and a
-            second model under one calibration.
+        ValueError: a config that is none. While ``step`` runs: NaN or Inf (what was observed before is kept), a
+            second model under one calibration, and before :meth:`fold` a graph that computes as in training mode.
     """
 
     def __init__(self, config: Config, model: nn.Module | None = None) -> None:
@@ -63,6 +64,8 @@ class Calibration:
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """What Dynamo runs in place of a graph."""
         observed = copy_graph_module(graph_module)
+        if not self._is_folded:
+            refuse_training(observed, "Call model.eval() before the calibration")
         InlineRegions()(observed)  # before parameters are bound, which are inputs of regions, too
         bound = self._bind_parameters(observed, example_inputs)
         try:

@@ -11,7 +11,6 @@ import hashlib
 import heapq
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import safetensors.torch
@@ -21,10 +20,11 @@ from torch.fx import GraphModule
 
 from fxmse.calibration.ranks import Ranks, Tensors
 from fxmse.observers.base import Observer
+from fxmse.observers.fingerprints import find_fingerprint
 from fxmse.observers.inputs import Inputs, InputState
 from fxmse.observers.states import State
 from fxmse.passes.constants import find_weights
-from fxmse.passes.probe import Probe, find_inputs, find_probes, sum_bits
+from fxmse.passes.probe import Probe, find_inputs, find_probes
 
 __all__ = ["agree_on_weights", "check_alike", "describe", "merge_states", "share_out", "share_searches"]
 
@@ -53,25 +53,19 @@ def describe(observed: GraphModule) -> dict[str, str]:
     for place, probe in enumerate(dict.fromkeys(probe for _, probe in find_probes(observed))):
         facts[f"{probe.name}: place"] = place
         args = probe.sites[0].args.model_dump(mode="json", exclude={"observer_kwargs"})
-        facts |= {f"{probe.name}: {name}": value for name, value in args.items()}
-        if probe.observer:
-            facts |= {f"{probe.name}: {name}": value for name, value in _list_options(probe.observer)}
+        own = probe.observer.describe() if probe.observer else args
+        facts |= {f"{probe.name}: {name}": value for name, value in own.items()}
         if probe.given is not None:
             facts[f"{probe.name}: qparams that were loaded"] = _digest(probe.given)
         if probe in weights:
             facts[f"{probe.name}: shape"] = tuple(weights[probe].shape)
             facts[f"{probe.name}: dtype"] = weights[probe].dtype
-            facts[f"{probe.name}: checksum"] = sum_bits(weights[probe])
+            facts[f"{probe.name}: checksum"] = find_fingerprint(weights[probe])
         else:
             facts[f"{probe.name}: state"] = _digest(probe.state._asdict())
     for node, inputs in find_inputs(observed):
         facts[f"{node.target}: state"] = _digest(inputs.state._asdict())
     return {name: str(fact) for name, fact in facts.items()}
-
-
-def _list_options(observer: Observer) -> list[tuple[str, object]]:
-    options = [(f.name, getattr(observer.options, f.name)) for f in fields(observer.options) if f.init]
-    return [(name, value.tolist() if isinstance(value, Tensor) else value) for name, value in options]
 
 
 def _digest(tensors: Mapping[str, Tensor | None]) -> str:

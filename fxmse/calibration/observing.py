@@ -1,6 +1,7 @@
 """An observed graph looks at weights and batches, and goes back to what it knew before one that is refused."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,16 +11,18 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from fxmse.calibration.buffers import own_buffers
+from fxmse.calibration.progress import visit_weights
 from fxmse.capture.attributes import list_graphs
 from fxmse.capture.front_ends import split_inputs
 from fxmse.observers.base import describe_non_finite
 from fxmse.observers.inputs import Inputs
+from fxmse.observers.states import hold
 from fxmse.ops import is_fake_quantize
 from fxmse.passes.open_regions import find_open
 from fxmse.passes.probe import Probe, find_inputs, find_probes
 from fxmse.passes.trimming import trim
 
-__all__ = ["check_batches", "get_probes", "observe_batches", "observe_or_roll_back", "observe_weights"]
+__all__ = ["check_batches", "check_seen", "get_probes", "observe_batches", "observe_or_roll_back", "observe_weights"]
 
 
 def get_probes(observed: GraphModule) -> list[Probe]:
@@ -32,6 +35,16 @@ def get_probes(observed: GraphModule) -> list[Probe]:
     raise ValueError("the graph has no observers: make it with fxmse.prepare")
 
 
+def check_seen(observed: GraphModule, num_batches: int) -> None:
+    """Raises ValueError for the activations that so many batches showed nothing to; names them all."""
+    unseen = [probe.name for probe in get_probes(observed) if not probe.is_weight and not probe.has_statistics]
+    if unseen:
+        raise ValueError(
+            f"{num_batches} batches of calibration data showed nothing to {'; '.join(unseen)}: pass batches that reach "
+            "them"
+        )
+
+
 def check_batches(batches: object) -> None:
     """Raises ValueError where ``batches`` is a single one, whose rows or names would be taken for batches."""
     if isinstance(batches, Tensor | Mapping):
@@ -39,20 +52,28 @@ def check_batches(batches: object) -> None:
         raise ValueError(f"batches is one {kind}: expected a list or another iterable of batches, [{kind}]")
 
 
-def observe_weights(weights: Mapping[Probe, Tensor]) -> None:
-    """Shows probes their weights."""
+def observe_weights(weights: Mapping[Probe, Tensor], is_shown: bool = False) -> None:
+    """Shows probes their weights, beside a progress bar where that ``is_shown``."""
     if on_meta := [probe.name for probe, rows in weights.items() if rows.is_meta]:
         raise ValueError(
             f"{', '.join(on_meta)} on the meta device, without values: load the weights before the calibration"
         )
-    probes = {probe.name: probe for probe in weights}
-    observe_or_roll_back(probes, "the weights", lambda: [probe(rows) for probe, rows in weights.items()])
+    with hold(probe.lock for probe in weights):
+        unknown = {probe: rows for probe, rows in weights.items() if not probe.knows(rows)}
+        for probe in unknown:
+            probe.forget()
+        probes = {probe.name: probe for probe in unknown}
+        run = functools.partial(visit_weights, unknown, lambda probe, rows: probe(rows), is_shown)
+        observe_or_roll_back(probes, "the weights", run)
 
 
 def observe_batches(
     observed: GraphModule, batches: Iterable[Any], compile: bool, on_outputs: Callable[[Any], None] | None = None
 ) -> int:
     """Runs batches through an observed graph, whose weights are known; returns how many.
+
+    None is run where nothing looks at them, and one where all values are dynamic: whether their groups fit is seen
+    with it.
 
     Args:
         observed: the graph. What neither its observers nor its outputs need is not run.
@@ -63,11 +84,15 @@ def observe_batches(
     observed = trim(observed, keep_outputs=on_outputs is not None)
     watchers: dict[str, Probe | Inputs] = {p.name: p for _, p in find_probes(observed) if not p.is_weight}
     watchers |= {str(node.target): inputs for node, inputs in find_inputs(observed)}
+    looking = [watcher for watcher in watchers.values() if isinstance(watcher, Inputs) or watcher.given is None]
+    if on_outputs is None and not any(isinstance(watcher, Inputs) or watcher.observer for watcher in looking):
+        batches = itertools.islice(batches, 1 if looking else 0)
     # Which branch is run, and how often a loop, is known in Python alone: around those the graph is compiled in parts.
     is_whole = not find_open(observed)
     compiled = torch.compile(observed, fullgraph=is_whole, dynamic=True) if compile else observed
     count = 0
-    with own_buffers(observed):
+    # Another thread's values come before or after all of these.
+    with hold(watcher.lock for watcher in watchers.values()), own_buffers(observed):
         for count, batch in enumerate(batches, 1):
             args, kwargs = split_inputs(batch)
             if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves((args, kwargs))):
@@ -90,14 +115,15 @@ def observe_or_roll_back(
     uncompiled: Callable[[], object] | None = None,
 ) -> object:
     """What ``run`` returns; whatever goes wrong, the states of ``watchers`` are as they were before."""
-    before = {name: watcher.state for name, watcher in watchers.items()}
-    try:
-        result = run()
-        _check_finite(watchers, before, what, uncompiled or run)
-        return result
-    except BaseException:
-        _restore(watchers, before)
-        raise
+    with hold(watcher.lock for watcher in watchers.values()):
+        before = {name: watcher.state for name, watcher in watchers.items()}
+        try:
+            result = run()
+            _check_finite(watchers, before, what, uncompiled or run)
+            return result
+        except BaseException:
+            _restore(watchers, before)
+            raise
 
 
 def _restore(watchers: Mapping[str, Probe | Inputs], states: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from fxmse.capture.evaluation import evaluate
 from fxmse.capture.exporting import export_module, warn_if_fixed, without_cache
 from fxmse.config import CONFIG_KEY, MODULES_KEY
 
-__all__ = ["capture", "copy_graph_module", "split_inputs"]
+__all__ = ["capture", "check_graph", "copy_graph_module", "split_inputs"]
 
 
 def capture(model: nn.Module | ExportedProgram, example_inputs: Any = None, dynamic_shapes: Any = None) -> GraphModule:
@@ -106,8 +106,20 @@ def _copy_graph(graph: Graph) -> Graph:
     return copied
 
 
+def check_graph(value: object, maker: str) -> None:
+    """Raises ValueError where ``value`` is not what ``maker`` returns, but a model."""
+    if not isinstance(value, GraphModule):
+        raise ValueError(f"found a {type(value).__name__}: expected the graph that {maker} returns")
+
+
 def split_inputs(inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    """Positional and keyword arguments from a dict, a tuple or list, or a single value."""
+    """Positional and keyword arguments from a dict, a tuple or list, or a single value.
+
+    Raises:
+        ValueError: there are numpy arrays among them.
+    """
+    if any(type(leaf).__module__ == "numpy" for leaf in tree_leaves(inputs)):
+        raise ValueError("a batch has numpy arrays: expected tensors (torch.from_numpy)")
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, tuple | list):

@@ -42,6 +42,8 @@ class Layout:
     O counts observations, Q qparams, G the elements of a group; statistics reduce over O and G. The tiles of a
     value follow each other along Q, and together their Q is the number of elements of ``qparam_shape``.
 
+    A weight of more than two dimensions is that many matrices (experts'): each is a tensor with a scale of its own.
+
     Attributes:
         base_name: "weight", "input", "output", "q", "k" or "v".
         strategy: a ``QuantizationStrategy`` value that makes sense for the role.
@@ -77,7 +79,7 @@ class Layout:
     def qparam_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """The shape of scale and zero point of a value of ``shape``; raises ValueError where it does not fit."""
         if self.strategy == "tensor":
-            return (1,)
+            return (*shape[:-2], 1, 1) if self.is_by_matrix(shape) else (1,)
         if self.strategy == "attn_head":
             return (shape[1], 1, 1)
         if self.strategy == "channel":
@@ -97,6 +99,10 @@ class Layout:
         groups = shape[-1] // self.group_size
         return (*shape[:-1], groups) if self.base_name == "weight" else (groups,)
 
+    def is_by_matrix(self, shape: torch.Size) -> bool:
+        """Whether a value of ``shape`` is several matrices, each of which has its own scale or global scale."""
+        return self.base_name == "weight" and len(shape) > 2 and self.strategy in ("tensor", "tensor_group")
+
     def tiles(self, value: Tensor, max_groups: int) -> Iterator[Tensor]:
         """Cuts ``value`` into tiles [O, Q, G] of at most about ``max_groups`` groups and ``MAX_ELEMENTS`` each.
 
@@ -105,7 +111,8 @@ class Layout:
         observations.
         """
         if self.strategy == "tensor":
-            yield _as_rows(value)
+            matrices = value.flatten(0, -3) if self.is_by_matrix(value.shape) else value[None]
+            yield from map(_as_rows, matrices)
         elif self.strategy == "attn_head":
             # Attention states are often laid out as (batch, tokens, heads, head_dim): both orders are views.
             by_token = value.transpose(1, 2)
@@ -142,7 +149,7 @@ class Layout:
             yield by_group if len(by_group) == 1 else by_group[rows % len(by_group)]
 
     def as_one_group(self) -> "Layout":
-        """The layout that puts all of the value in one group (where a global scale is searched)."""
+        """The layout that puts all of a value, or of a matrix, in one group (where a global scale is searched)."""
         return Layout(self.base_name, "tensor")
 
     def _block_tiles(self, value: Tensor, max_groups: int) -> Iterator[Tensor]:

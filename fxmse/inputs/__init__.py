@@ -1,6 +1,11 @@
 """Ways in: models, data and qparams from files.
 
-- ``programs``: .pt2 files, which hold no code.
+- ``archive``: zip archives, read once.
+- ``expressions``: sizes and guards, which are arithmetic.
+- ``program_json``: what a program may say.
+- ``tensors``: files of torch.save.
+- ``programs``: .pt2 files, of which no code is run.
+- ``folders``: checkpoints' folders, from which nothing leads elsewhere.
 - ``models``: Hugging Face folders and .pt2 files.
 - ``weights``: Hugging Face models without their weights, which are read when they are asked for.
 - ``data``: calibration data: tensors, texts, images.

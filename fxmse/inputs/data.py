@@ -2,29 +2,65 @@
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils._pytree import tree_leaves
 
 from fxmse.capture.front_ends import split_inputs
+from fxmse.inputs.archive import map_file
+from fxmse.inputs.folders import load_pretrained, load_safetensors
+from fxmse.inputs.tensors import load_tensors
+from fxmse.reading import check_file, read_text
 
-__all__ = ["check_batches", "find_batch_size", "order_inputs", "read_batches", "take_inputs"]
+__all__ = ["ALL", "Choice", "check_batches", "find_batch_size", "order_inputs", "read_batches", "take_inputs"]
 
 Batch = Any
+T = TypeVar("T")
 
 _TENSORS = (".safetensors", ".pt")
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# By what is in them: PIL takes a file for what its content is, whatever its name, and runs PostScript by Ghostscript.
+_IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+_TEXT_LIMIT = 2**30
+"""Bytes: a thousand times what a calibration needs."""
 
 
-def read_batches(path: Path, *, batch_size: int, max_length: int, model_folder: Path | None = None) -> list[Batch]:
+@dataclass(frozen=True)
+class Choice:
+    """Which samples of a file are used, and in which order: its own, where ``seed`` is None, and all by default."""
+
+    num_samples: int | None = None
+    seed: int | None = None
+
+    def of(self, samples: Sequence[T]) -> list[T]:
+        """The samples that are chosen."""
+        order = list(range(len(samples)))
+        if self.seed is not None:
+            order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return [samples[place] for place in order[: self.num_samples]]
+
+
+ALL = Choice()
+"""Every sample, in a file's order."""
+
+
+def read_batches(
+    path: Path,
+    *,
+    batch_size: int,
+    max_length: int,
+    model_folder: Path | None = None,
+    choice: Choice = ALL,
+    trust_remote_code: bool = False,
+) -> list[Batch]:
     """The batches that a file or folder holds.
 
     Args:
@@ -34,18 +70,20 @@ def read_batches(path: Path, *, batch_size: int, max_length: int, model_folder: 
         batch_size: samples a batch, where the file does not say.
         max_length: tokens at most of a text.
         model_folder: where the tokenizer of texts or the processor of images is; None if there is none.
+        choice: which samples; of a list of batches, in which order.
+        trust_remote_code: run the code that the model's folder has for them.
 
     Raises:
-        ValueError: a file that cannot be read as that, or holds nothing.
+        ValueError: a file that cannot be read as that, or holds nothing; a number of samples of a list of batches.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_dir():
-        batches = list(_read_images(path, batch_size, model_folder))
+        batches = list(_read_images(path, batch_size, model_folder, choice, trust_remote_code))
     elif path.suffix in (".txt", ".jsonl"):
-        batches = list(_read_texts(path, batch_size, max_length, model_folder))
+        batches = list(_read_texts(path, batch_size, max_length, model_folder, choice, trust_remote_code))
     elif path.suffix in _TENSORS:
-        batches = list(_read_tensors(path, batch_size))
+        batches = list(_read_tensors(path, batch_size, choice))
     else:
         raise ValueError(f"{path}: expected a .safetensors, .pt, .txt or .jsonl file, or a folder of images")
     if not batches:
@@ -53,38 +91,38 @@ def read_batches(path: Path, *, batch_size: int, max_length: int, model_folder: 
     return batches
 
 
-def _read_tensors(path: Path, batch_size: int) -> Iterator[Batch]:
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    except Exception as error:  # torch.load's unpickler and zip reader raise many
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} cannot be read as tensors alone (torch.load, weights_only): {reason}") from None
+def _read_tensors(path: Path, batch_size: int, choice: Choice) -> Iterator[Batch]:
+    is_pickled = path.suffix != ".safetensors"
+    content = load_tensors(map_file(path), str(path)) if is_pickled else load_safetensors(path)
     if isinstance(content, list):
         for batch in content:
             if not all(isinstance(leaf, Tensor | int | float | bool | None) for leaf in tree_leaves(batch)):
                 raise ValueError(f"{path}: expected batches of tensors")
-        yield from content
+        if choice.num_samples is not None:
+            raise ValueError(f"{path} holds batches, not samples: choose how many with --max-batches")
+        yield from choice.of(content)
         return
     if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) and t.dim() for t in content.values()):
         raise ValueError(f"{path} holds a {type(content).__name__}: expected a dict of tensors or a list of batches")
     sizes = {name: len(tensor) for name, tensor in content.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{path}: expected as many samples of each input, found {sizes}")
-    for start in range(0, min(sizes.values(), default=0), batch_size):
-        yield {name: tensor[start : start + batch_size] for name, tensor in content.items()}
+    chosen = torch.tensor(choice.of(range(min(sizes.values(), default=0))), dtype=torch.int64)
+    for rows in chosen.split(batch_size) if len(chosen) else ():
+        yield {name: tensor[rows] for name, tensor in content.items()}
 
 
-def _read_texts(path: Path, batch_size: int, max_length: int, model_folder: Path | None) -> Iterator[Batch]:
+def _read_texts(
+    path: Path, batch_size: int, max_length: int, model_folder: Path | None, choice: Choice, trust_remote_code: bool
+) -> Iterator[Batch]:
     if model_folder is None:
         raise ValueError(f"{path} holds texts, and a .pt2 has no tokenizer: pass tensors (.safetensors, .pt)")
-    texts = list(_read_lines(path))
+    texts = choice.of(list(_read_lines(path)))
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = load_pretrained(AutoTokenizer, model_folder, trust_remote_code=trust_remote_code)
+    except ValueError as error:
         raise ValueError(f"{model_folder} has no tokenizer for the texts of {path}: {error}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -94,10 +132,7 @@ def _read_texts(path: Path, batch_size: int, max_length: int, model_folder: Path
 
 
 def _read_lines(path: Path) -> Iterator[str]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as text: {error}") from None
+    lines = read_text(path, _TEXT_LIMIT).splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -106,7 +141,7 @@ def _read_lines(path: Path) -> Iterator[str]:
             continue
         try:
             content = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (RecursionError, ValueError) as error:
             raise ValueError(f"{path}, line {number} is no JSON: {error}") from None
         text = content.get("text") if isinstance(content, Mapping) else content
         if not isinstance(text, str):
@@ -114,22 +149,33 @@ def _read_lines(path: Path) -> Iterator[str]:
         yield text
 
 
-def _read_images(folder: Path, batch_size: int, model_folder: Path | None) -> Iterator[Batch]:
+def _read_images(
+    folder: Path, batch_size: int, model_folder: Path | None, choice: Choice, trust_remote_code: bool
+) -> Iterator[Batch]:
     if model_folder is None:
         raise ValueError(f"{folder} holds images, and a .pt2 has no processor: pass tensors (.safetensors, .pt)")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGES)
+    files = choice.of(sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGES))
     try:
-        from PIL import Image
-
         # transformers itself offers it only where torchvision is installed, which not all processors need.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(model_folder, local_files_only=True)
-    except (ImportError, OSError, ValueError) as error:
+        processor = load_pretrained(AutoImageProcessor, model_folder, trust_remote_code=trust_remote_code)
+    except (ImportError, ValueError) as error:
         raise ValueError(f"{model_folder} has no processor for the images of {folder}: {error}") from None
     for start in range(0, len(files), batch_size):
-        images = [Image.open(file).convert("RGB") for file in files[start : start + batch_size]]
-        yield dict(processor(images, return_tensors="pt"))
+        yield dict(processor([_read_image(file) for file in files[start : start + batch_size]], return_tensors="pt"))
+
+
+def _read_image(path: Path) -> Any:
+    from PIL import Image
+
+    check_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(path, formats=_IMAGE_FORMATS).convert("RGB")
+    except Exception as error:  # its decoders raise many
+        raise ValueError(f"{path} cannot be read as an image ({', '.join(_IMAGE_FORMATS)}): {error}") from None
 
 
 def take_inputs(batch: Batch, path: Path, model: nn.Module) -> Batch:

@@ -1,6 +1,5 @@
 """The qparams of a compressed-tensors checkpoint, in place of a calibration."""
 
-import json
 import os
 import re
 from collections import defaultdict
@@ -10,11 +9,11 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxmse.capture.front_ends import check_graph
+from fxmse.inputs.folders import list_weight_files, load_safetensors
 from fxmse.observers.base import QPARAMS
 from fxmse.passes.constants import find_weights
 from fxmse.passes.probe import Probe, find_probes
@@ -45,6 +44,7 @@ def load_qparams(observed: GraphModule, path: str | os.PathLike[str]) -> GraphMo
             shape, and qparams it has for values that are not observed (all are named); readers of one value whose
             qparams differ. The graph is as it was.
     """
+    check_graph(observed, "fxmse.prepare")
     tensors = dict(_read_tensors(Path(path)))
     probes = list(dict.fromkeys(probe for _, probe in find_probes(observed)))
     if not probes:
@@ -76,15 +76,8 @@ def load_qparams(observed: GraphModule, path: str | os.PathLike[str]) -> GraphMo
 
 def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a checkpoint, of one file or several."""
-    files = [folder / "model.safetensors"]
-    try:
-        if (index := folder / "model.safetensors.index.json").exists():
-            names = json.loads(index.read_text())["weight_map"].values()
-            files = [folder / name for name in sorted(set(names))]
-        for file in files:
-            yield from load_file(file).items()
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} cannot be read as a checkpoint of safetensors: {error}") from None
+    for file in list_weight_files(folder):
+        yield from load_safetensors(file).items()
 
 
 def _list_schemes(probes: list[Probe]) -> dict[str, QuantizationScheme]:

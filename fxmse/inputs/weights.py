@@ -1,7 +1,6 @@
 """Hugging Face models without their weights, which are read from the folder's safetensors when they are asked for."""
 
 import copy
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,16 +12,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fxmse.capture.attributes import find_place
-from fxmse.inputs.models import find_model_class, read_config
+from fxmse.inputs.folders import list_weight_files
+from fxmse.inputs.models import find_model_class
 
 __all__ = ["Weights", "load_skeleton"]
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _ALIGNMENT = 64  # bytes; kernels may add up in another order where memory begins elsewhere
 
 
-def load_skeleton(path: Path, dtype: torch.dtype | None = None) -> "tuple[Any, Weights]":
+def load_skeleton(
+    path: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> "tuple[Any, Weights]":
     """A folder's model in evaluation mode, whose parameters have memory that was never touched, and its weights.
 
     All that is computed when a model is made (the frequencies of rotary embeddings) is there, as are the buffers that
@@ -31,16 +31,18 @@ def load_skeleton(path: Path, dtype: torch.dtype | None = None) -> "tuple[Any, W
     Args:
         path: a Hugging Face folder of safetensors, in one file or several with an index.
         dtype: of the model; by default what transformers would load it in.
+        trust_remote_code: run the code that the folder has for models that transformers has no class of.
 
     Raises:
         ValueError: no such folder, a quantized model, files that cannot be read, or weights that are missing or do not
             fit the model.
     """
-    config = read_config(path)
+    model_class, config = find_model_class(path, trust_remote_code=trust_remote_code)
     files = _find_tensors(path)
     dtype = dtype or config.dtype or _find_dtype(files)
+    make = getattr(model_class, "_from_config", None) or model_class.from_config
     with _parameters_on_meta():
-        model = find_model_class(config)._from_config(config, dtype=dtype).eval()
+        model = make(config, dtype=dtype).eval()
     weights = Weights(path, model, files, dtype)
     hollow = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in model.parameters()}
     for module in model.modules():
@@ -72,29 +74,13 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _find_tensors(path: Path) -> dict[str, Path]:
     """The file of each tensor."""
-    index = path / _INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index} is no index of safetensors: {type(error).__name__} {error}") from None
-        if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-            raise ValueError(f"{index} names {bad[0]!r}: expected files of its own folder")
-    else:
-        weight_map, names = None, [_SINGLE]
     files: dict[str, Path] = {}
-    for name in names:
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{file} does not exist: expected {_SINGLE}, or the files that {_INDEX} names")
+    for file in list_weight_files(path):
         try:
             with safe_open(file, "pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
-    if weight_map is not None and (lost := sorted(set(weight_map) - set(files))):
-        raise ValueError(f"{index} names tensors that no file has: {', '.join(lost[:3])}{', ...' if lost[3:] else ''}")
     return files
 
 

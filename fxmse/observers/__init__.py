@@ -1,6 +1,7 @@
 """Observers by name: what is kept of the values seen, and the qparams that come of it.
 
 - ``counting``: how often which value was seen.
+- ``fingerprints``: numbers that tell tensors apart by what they hold.
 - ``states``: what observers keep: named tensors, saved and loaded.
 - ``base``: the contract: init, update, merge, finish, qparams.
 - ``searches``: what they search by, as nodes of a graph.

@@ -79,5 +79,11 @@ class Experts:
         shape = (len(choice), *([1] * (x.dim() - 2)))
         return choice.reshape(shape).expand(x.shape[:-1]).flatten()
 
+    def count(self, choice: Tensor) -> Tensor:
+        """How many entries of x each expert has, int64, shape (experts,)."""
+        if self.kind == "offsets":
+            return choice.long().diff(prepend=choice.new_zeros(1).long())
+        return torch.bincount(choice.flatten(), minlength=self.num_matrices)
+
 
 Arrangement = Patches | Experts

@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 import torch
 from compressed_tensors.quantization import DynamicType, QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
-from compressed_tensors.registry import RegistryMixin
+from compressed_tensors.registry import RegistryMixin, standardize_lookup_name
 from torch import Tensor
 
 from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout
 from fxmse.formats.scales import calculate_global_scale, round_scale
-from fxmse.observers.states import State, Stateful
+from fxmse.observers.states import State, Stateful, plain_modes, without_autocast
+from fxmse.search.compiling import is_traced
 from fxmse.search.tiles import Range, cover_ranges, measure_range
 
 __all__ = ["QPARAMS", "NoOptions", "Observer", "describe_non_finite"]
@@ -44,7 +45,7 @@ class Observer(Stateful[State], RegistryMixin):
         observer_kwargs: arguments of the observer; they come before those in ``args``.
 
     Attributes:
-        name: what the value is called in messages; "" outside of a graph.
+        name: what the value is called in messages; outside of a graph as its role is.
 
     Raises:
         ValueError: an argument that is misspelt or out of range, a strategy that makes no sense for the role, or a
@@ -59,7 +60,7 @@ class Observer(Stateful[State], RegistryMixin):
         if args.dynamic is True:
             raise ValueError(f"the {base_name} is dynamic: its scales come from each value, expected dynamic=False")
         self.base_name = base_name
-        self.name = ""
+        self.name = base_name
         self.args = args.model_copy(deep=True)
         self.is_local = args.dynamic == DynamicType.LOCAL
         self.layout = Layout.of(args, base_name)
@@ -73,12 +74,20 @@ class Observer(Stateful[State], RegistryMixin):
         Raises:
             ValueError: no observer has that name.
         """
-        try:
-            observer_class = cls.get_value_from_registry(name)
-        except KeyError:
+        return cls.get_value_from_registry(name)(**kwargs)
+
+    @classmethod
+    def get_value_from_registry(cls, name: str) -> Any:
+        """The class of the observer called ``name``; no path of a file is imported for it.
+
+        Raises:
+            ValueError: no observer has that name.
+        """
+        spelling = standardize_lookup_name(name)
+        if spelling not in (*cls.registered_names(), *cls.registered_aliases()):
             known = ", ".join(sorted(cls.registered_names())).replace("-", "_")  # the registry's spelling
-            raise ValueError(f"observer={name!r}: expected one of {known}") from None
-        return observer_class(**kwargs)
+            raise ValueError(f"observer={name!r}: expected one of {known}")
+        return super().get_value_from_registry(spelling)
 
     @classmethod
     def _parse_options(cls, kwargs: Mapping[str, Any]) -> Any:
@@ -101,6 +110,18 @@ class Observer(Stateful[State], RegistryMixin):
         """Whether any value has been seen."""
         return self.like is not None
 
+    def describe(self) -> dict[str, str]:
+        """The observer's name, the value's role and format, and all options."""
+        args = self.args.model_dump(mode="json", exclude={"observer", "observer_kwargs"})
+        options = {f.name: getattr(self.options, f.name) for f in fields(self.options) if f.init}
+        facts = {"observer": self._find_registered_name(), "role": self.base_name, **args, **options}
+        return {name: str(_to_json(fact)) for name, fact in facts.items()}
+
+    def _find_registered_name(self) -> str:
+        own = type(self)
+        names = (name for name in Observer.registered_names() if Observer.get_value_from_registry(name) is own)
+        return next(names, own.__name__).replace("-", "_")  # the registry's spelling
+
     def forward(self, value: Tensor) -> "Observer":
         """Takes one more value into account and returns the observer itself.
 
@@ -111,11 +132,12 @@ class Observer(Stateful[State], RegistryMixin):
         Raises:
             ValueError: NaN or Inf in the value, or a shape that the strategy does not fit. The state is unchanged.
         """
-        before = self.state
-        self.observe(value)
-        if not all(tensor.isfinite().all() for tensor in self.state.witnesses):
-            self.state = before
-            raise ValueError(f"{self.base_name} {describe_non_finite(value)}: nothing of it was kept")
+        with self.lock:
+            before = self.state
+            self.observe(value)
+            if not all(tensor.isfinite().all() for tensor in self.state.witnesses):
+                self.state = before
+                raise ValueError(f"{self.base_name} {describe_non_finite(value)}: nothing of it was kept")
         return self
 
     def observe(self, value: Tensor) -> None:
@@ -127,7 +149,12 @@ class Observer(Stateful[State], RegistryMixin):
             return
         if not value.is_floating_point():
             raise ValueError(f"{self.base_name} has dtype {value.dtype}: expected a float dtype")
-        self.state = self.update(self.state, value)
+        if is_traced(value):
+            with without_autocast(value):
+                self.state = self.update(self.state, value.detach())
+            return
+        with self.lock, plain_modes(value):
+            self.state = self.update(self.state, value.detach())
 
     def _meet(self, state: State, value: Tensor) -> State:
         """The state with what it has to know of a value's dtype and device."""
@@ -213,20 +240,25 @@ class Observer(Stateful[State], RegistryMixin):
     def _global_scale_of(self, state: State) -> Tensor | None:
         return None if state.global_range is None else calculate_global_scale(*state.global_range)
 
-    @torch.no_grad()
     def get_qparams(self) -> dict[str, Tensor | None]:
         """The quantization parameters, by compressed-tensors' ``calculate_qparams``.
 
         Returns:
             scale: shape qparam_shape, in the dtype of the values seen (float32 next to a global scale).
             zero_point: the same shape, ``args.zp_dtype``; 0 where the format is symmetric.
-            global_scale: float32, shape (1,), or None. Of a "local" value it is all there is.
+            global_scale: float32, shape (1,), of matrices (experts) one for each, (..., 1, 1); or None. Of a "local"
+                value it is all there is.
 
         Raises:
             ValueError: no value has been seen, or one that was not finite.
         """
         if not self.has_statistics:
             raise ValueError(f"the {self.base_name} observer has seen no value: call observer(value) first")
+        assert self.state.like is not None
+        with self.lock, plain_modes(self.state.like):
+            return self._find_qparams()
+
+    def _find_qparams(self) -> dict[str, Tensor | None]:
         if not all(tensor.isfinite().all() for tensor in self.state.witnesses):
             raise ValueError(f"the {self.base_name} observer has seen NaN or Inf: calibrate again without that batch")
         state = self.finish(self.state)
@@ -247,6 +279,10 @@ class Observer(Stateful[State], RegistryMixin):
     def extra_repr(self) -> str:
         """What distinguishes this observer in a printed model."""
         return f"{self.base_name}, {self.layout.strategy}, {self.options}"
+
+
+def _to_json(fact: object) -> object:
+    return fact.tolist() if isinstance(fact, Tensor) else fact
 
 
 def describe_non_finite(value: Tensor) -> str:

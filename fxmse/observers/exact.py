@@ -14,12 +14,13 @@ from fxmse.observers.counting import convert_counts, count, list_values
 from fxmse.observers.input_aware import InputAwareObserver, check_input_options
 from fxmse.observers.searches import describe_search
 from fxmse.observers.states import State
+from fxmse.search.compiling import is_traced
 from fxmse.search.counted_optimum import find_optimum_of_counts
 from fxmse.search.global_scale import find_global_range
 from fxmse.search.optimum import find_optimum
 from fxmse.search.options import check_argument
 from fxmse.search.power import AbsolutePower
-from fxmse.search.tiles import Range, cover_ranges, measure_range
+from fxmse.search.tiles import Range, cover_ranges, measure_range, search_matrices
 
 __all__ = ["ExactMSEObserver", "ExactMSEOptions"]
 
@@ -101,31 +102,44 @@ class ExactMSEObserver(InputAwareObserver):
         self.layout.qparam_shape(value.shape)  # raises where the groups do not fit
         assert state.like is not None
         value = value.to(state.like.dtype)
-        if torch.compiler.is_compiling():
+        if is_traced(value):
             layout = (self.base_name, self.layout.strategy, self.layout.group_size)
             return state.replace(counts=torch.ops.fxmse.count(value, state.counts, *layout))
         return state.replace(counts=count(value, self.layout, state.counts))
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The best range of each of a weight's groups."""
-        if torch.compiler.is_compiling() and not self.needs_inputs:
+        if is_traced(value) and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure(value, global_scale, self._spec))
-        return find_optimum(
-            value,
-            self.format,
-            self.layout,
-            self.options.power,
-            global_scale=global_scale,
-            importance=self.find_importance(value),
-            negative_scale=self.takes_negative_scales,
-        )
+        return self.search(value, global_scale)
+
+    def search(self, value: Tensor, global_scale: Tensor | None) -> Range:
+        """:meth:`measure`, which is never a node of a graph."""
+        importance = self.find_importance(value)
+
+        def search(value: Tensor, global_scale: Tensor | None) -> Range:
+            return find_optimum(
+                value,
+                self.format,
+                self.layout,
+                self.options.power,
+                global_scale=global_scale,
+                importance=importance,
+                negative_scale=self.takes_negative_scales,
+            )
+
+        return search_matrices(search, value, self.layout, global_scale)
 
     def measure_global(self, value: Tensor) -> Range:
         """The range that a weight's best global scale follows from; of a local value all of it."""
         if self.is_local:
             return measure_range(value, self.layout.as_one_group())
-        if torch.compiler.is_compiling() and not self.needs_inputs:
+        if is_traced(value) and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure_global(value, self._spec))
+        return self.search_global(value)
+
+    def search_global(self, value: Tensor) -> Range:
+        """:meth:`measure_global`, which is never a node of a graph."""
         return find_global_range([value], self.format, self.layout, self.options.power, [self.find_importance(value)])
 
     def accumulate(self, old: Range | None, new: Range) -> Range:

@@ -52,7 +52,7 @@ class InputAwareObserver(Observer):
     def observe(self, value: Tensor) -> None:
         """As :meth:`Observer.observe`; says why where there are no activations to search with."""
         if self.inputs is not None and (reason := self._find_fault(self.inputs, value)):
-            message = f"{self.name or self.base_name}: {type(self).__name__} has {reason}"
+            message = f"{self.name}: {type(self).__name__} has {reason}"
             if self.options.strict:
                 raise ValueError(message)
             warnings.warn(f"{message}: all errors count alike", UserWarning, stacklevel=2)

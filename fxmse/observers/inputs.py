@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fxmse.observers.arrangements import Arrangement, Experts, Patches
-from fxmse.observers.states import Stateful
+from fxmse.observers.states import Stateful, plain_modes, without_autocast
+from fxmse.search.compiling import is_traced
 
 __all__ = [
     "Importance",
@@ -75,10 +76,18 @@ class Inputs(Stateful[Any]):
     strategies: ClassVar[tuple[str, ...]]
     num_tokens: Tensor | None
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = self.suffix
+
     @property
     def form(self) -> Hashable:
         """What is added up."""
         return self.suffix
+
+    def describe(self) -> dict[str, str]:
+        """What is added up."""
+        return {"what is added up": repr(self.form)}
 
     @property
     def sums(self) -> Tensor | None:
@@ -99,26 +108,41 @@ class Inputs(Stateful[Any]):
         return self.state_class(*(own + added.to(device) for own, added in zip(state, other, strict=True)))
 
     @torch.no_grad()
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, shown: Tensor | None = None, numbers: Tensor | None = None
+    ) -> Tensor:
         """Returns ``x`` as it is.
 
         Args:
             x: float, shape (..., channels).
             mask: bool or numbers, shape (...) or what broadcasts to it; where it is 0, x is padding and is left out.
+            shown: what is looked at in x's place, where that is more, without a mask.
+            numbers: of each token's expert, beside ``shown``; what looks at all alike has no use for it.
         """
-        tokens = x.detach()
+        value = (x if shown is None else shown).detach()
+        if is_traced(value):
+            with without_autocast(value):
+                self.state = self.merge(self._sum_up(value, mask, numbers), self.state)
+            return x
+        with plain_modes(value):
+            added = self._sum_up(value, mask, numbers)
+            with self.lock:
+                # What was loaded may be on another device than x.
+                self.state = self.merge(added, self.state)
+        return x
+
+    def _sum_up(self, x: Tensor, mask: Tensor | None, numbers: Tensor | None) -> InputState:
+        """The state after ``x`` alone."""
+        tokens = x
         if mask is None:
             # One element makes the count a tensor of x's device without waiting for it.
-            num_tokens = tokens.new_ones((), dtype=torch.float64) * (x.numel() // x.shape[-1])
+            num_tokens = tokens.new_ones((), dtype=torch.float64) * (tokens.numel() // x.shape[-1])
         else:
             is_kept = mask.bool().expand(x.shape[:-1])
             # Padding may be anything, NaN, too.
             tokens = torch.where(is_kept[..., None], tokens, 0.0)
             num_tokens = is_kept.sum().double()
-        added = self.state_class(self._add_up(tokens.reshape(-1, x.shape[-1])), num_tokens)
-        # What was loaded may be on another device than x.
-        self.state = self.merge(added, self.state)
-        return x
+        return self.state_class(self._add_up(tokens.reshape(-1, x.shape[-1])), num_tokens)
 
     def _add_up(self, tokens: Tensor) -> Tensor:
         """What is added for these tokens, shape (tokens, channels)."""
@@ -178,36 +202,34 @@ class Products(Inputs):
         """What is added up."""
         return self.suffix, self.block_size, self.max_channels, self.arrangement
 
-    @torch.no_grad()
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns ``x`` as it is.
+    def _sum_up(self, x: Tensor, mask: Tensor | None, numbers: Tensor | None) -> InputState:
+        """As :meth:`Inputs._sum_up`.
 
         Args:
             x: float, shape (..., channels), or what a convolution reads.
             mask: as of :meth:`Inputs.forward`; where ``arrangement`` is one of experts, what says whose each token is.
+            numbers: of each token's expert, where ``x`` is what all experts are shown.
         """
         if self.arrangement is None:
-            return super().forward(x, mask)
-        values = x.detach()
+            return super()._sum_up(x, mask, numbers)
+        values = x
         if isinstance(self.arrangement, Patches):
             values = self.arrangement.arrange(values)
         if mask is None:
             products = self._multiply(values)
         else:
             assert isinstance(self.arrangement, Experts)
-            number = self.arrangement.number(values, mask)
+            number = self.arrangement.number(values, mask) if numbers is None else numbers
             products = self._multiply_by_expert(values.flatten(0, -2), number, self.arrangement.num_matrices)
         num_tokens = values.new_ones((), dtype=torch.float64) * (values.numel() // values.shape[-1])
-        self.state = self.merge(ProductsState(products, num_tokens), self.state)
-        return x
+        return ProductsState(products, num_tokens)
 
     def _multiply_by_expert(self, tokens: Tensor, number: Tensor, num_experts: int) -> Tensor:
         parts = []
         for expert in range(num_experts):
             is_own = number == expert
             # In a graph nothing may depend on how many there are.
-            is_traced = torch.compiler.is_compiling()
-            own = torch.where(is_own[:, None], tokens, 0.0) if is_traced else tokens[is_own]
+            own = torch.where(is_own[:, None], tokens, 0.0) if is_traced(tokens) else tokens[is_own]
             parts.append(self._multiply(own[None]))
         return torch.cat(parts)
 

@@ -12,9 +12,10 @@ from fxmse.observers.averages import AverageOptions, AveragingObserver
 from fxmse.observers.base import Observer
 from fxmse.observers.searches import describe_search
 from fxmse.observers.states import State
+from fxmse.search.compiling import is_traced
 from fxmse.search.options import SearchOptions
 from fxmse.search.shrinking import shrink_global_range, shrink_ranges
-from fxmse.search.tiles import Range
+from fxmse.search.tiles import Range, search_matrices
 
 __all__ = [
     "ExpandedMSEOptions",
@@ -86,23 +87,39 @@ class MSEObserver(Observer):
 
     def measure(self, value: Tensor, global_scale: Tensor | None) -> Range:
         """The best range of each of the value's groups."""
-        if torch.compiler.is_compiling() and not self.needs_inputs:
+        if is_traced(value) and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure(value, global_scale, self._spec))
+        return self.search(value, global_scale)
+
+    def search(self, value: Tensor, global_scale: Tensor | None) -> Range:
+        """:meth:`measure`, which is never a node of a graph."""
         options = self.options
         if self.global_scale is None and global_scale is not None and not options.optimize_global_scale:
             options = replace(options, patience=len(options.factors))
         importance = self.find_importance(value)
-        return shrink_ranges(value, self.format, self.layout, options, global_scale=global_scale, importance=importance)
+        layout = self.layout
+
+        def search(value: Tensor, global_scale: Tensor | None) -> Range:
+            return shrink_ranges(value, self.format, layout, options, global_scale=global_scale, importance=importance)
+
+        return search_matrices(search, value, layout, global_scale)
 
     def measure_global(self, value: Tensor) -> Range:
         """The range that the value's global scale follows from."""
-        if torch.compiler.is_compiling() and not self.needs_inputs:
+        if is_traced(value) and not self.needs_inputs:
             return Range(*torch.ops.fxmse.measure_global(value, self._spec))
-        if self.options.optimize_global_scale:
-            layout = self.layout.as_one_group()
-            return shrink_ranges(value, self.format, layout, self.options, optimize_global_scale=True)
-        importance = self.find_importance(value)
-        return shrink_global_range(value, self.format, self.layout, self.options, importance=importance)
+        return self.search_global(value)
+
+    def search_global(self, value: Tensor) -> Range:
+        """:meth:`measure_global`, which is never a node of a graph."""
+        one_group, importance = self.layout.as_one_group(), self.find_importance(value)
+
+        def search(value: Tensor, _: Tensor | None) -> Range:
+            if self.options.optimize_global_scale:
+                return shrink_ranges(value, self.format, one_group, self.options, optimize_global_scale=True)
+            return shrink_global_range(value, self.format, self.layout, self.options, importance=importance)
+
+        return search_matrices(search, value, one_group)
 
     def update_global(self, state: State, value: Tensor) -> State:
         """As :meth:`Observer.update_global`, but a global scale that was given needs none."""

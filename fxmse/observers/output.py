@@ -1,6 +1,7 @@
 """The observer of weights that finds the least error of what is computed of them."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from fxmse.search.optimum import find_optimum
 from fxmse.search.options import check_argument
 from fxmse.search.output_optimum import find_output_optimum, list_diagonal
 from fxmse.search.power import AbsolutePower
-from fxmse.search.tiles import Range
+from fxmse.search.tiles import Range, search_matrices
 
 __all__ = ["OutputMSEObserver", "OutputMSEOptions"]
 
@@ -104,26 +105,42 @@ class OutputMSEObserver(InputAwareObserver):
         negative_scale = self.takes_negative_scales
         products = self.find_products(value, self.options.damping)
         if products is None:
-            return find_optimum(
-                value, self.format, self.layout, _SQUARE, global_scale=global_scale, negative_scale=negative_scale
-            )
-        # What shares a scale is searched together.
-        is_split = len(products) > 1 and self.layout.strategy not in ("tensor", "block")
-        parts = value.flatten(0, -2).tensor_split(len(products)) if is_split else [value]
+
+            def search(value: Tensor, global_scale: Tensor | None) -> Range:
+                return find_optimum(
+                    value, self.format, self.layout, _SQUARE, global_scale=global_scale, negative_scale=negative_scale
+                )
+
+            return search_matrices(search, value, self.layout, global_scale)
+        parts, parts_products = self._split(value, products)
+        scales: Iterable[Tensor | None] = itertools.repeat(None, len(parts))
+        if global_scale is not None:
+            scales = global_scale.flatten().expand(len(parts)).split(1)
         found = [
             find_output_optimum(
                 part,
                 self.format,
                 self.layout,
                 part_products,
-                global_scale=global_scale,
+                global_scale=scale,
                 negative_scale=negative_scale,
                 max_sweeps=int(self.options.max_sweeps),
             )
-            for part, part_products in zip(parts, products if is_split else [products.mean(0)], strict=True)
+            for part, part_products, scale in zip(parts, parts_products, scales, strict=True)
         ]
         shape = self.layout.qparam_shape(value.shape)
         return Range(*(torch.cat(ends).reshape(shape) for ends in zip(*found, strict=True)))
+
+    def _split(self, value: Tensor, products: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The parts of a weight that meet tokens of their own, or have a (global) scale of their own; with products."""
+        if self.layout.is_by_matrix(value.shape):
+            matrices = value.flatten(0, -3)
+            own = products if len(products) == len(matrices) else products.mean(0).expand(len(matrices), -1, -1, -1)
+            return matrices.unbind(), own.unbind()
+        # What shares a scale is searched together.
+        if len(products) == 1 or self.layout.strategy in ("tensor", "block"):
+            return [value], [products.mean(0)]
+        return value.flatten(0, -2).tensor_split(len(products)), products.unbind()
 
     def measure_global(self, value: Tensor) -> Range:
         """The range that a weight's best global scale follows from."""
@@ -139,5 +156,10 @@ class OutputMSEObserver(InputAwareObserver):
         for observer, weight in zip(observers, weights, strict=True):
             assert isinstance(observer, OutputMSEObserver)
             products = observer.find_products(weight, observer.options.damping)
-            diagonals.append(None if products is None else list_diagonal(products.mean(0), weight.shape[-1]))
+            if products is None:
+                diagonals.append(None)
+                continue
+            _, own = observer._split(weight, products)
+            by_part = torch.stack([list_diagonal(part, weight.shape[-1]) for part in own])
+            diagonals.append(by_part if observer.layout.is_by_matrix(weight.shape) else by_part.mean(0))
         return find_global_range(weights, first.format, first.layout, _SQUARE, diagonals)

@@ -3,13 +3,28 @@
 import functools
 import json
 from dataclasses import fields
-from typing import Any
+from typing import Any, Protocol
 
 from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
 
+from fxmse.formats.layout import Layout
 from fxmse.observers.base import Observer
+from fxmse.search.tiles import Range
 
-__all__ = ["describe_search", "load_search"]
+__all__ = ["Search", "describe_search", "load_search"]
+
+
+class Search(Protocol):
+    """An observer whose search can be a node of a graph."""
+
+    layout: Layout
+
+    def search(self, value: Tensor, global_scale: Tensor | None) -> Range:
+        """The range of each of the value's groups."""
+
+    def search_global(self, value: Tensor) -> Range:
+        """The range that the global scale follows from."""
 
 
 def describe_search(observer: Observer, name: str, options_class: type, **changes: Any) -> str:
@@ -27,10 +42,10 @@ def describe_search(observer: Observer, name: str, options_class: type, **change
 
 
 @functools.cache
-def load_search(spec: str) -> Observer:
-    """An observer that measures as the one described by ``spec``; it keeps nothing."""
+def load_search(spec: str) -> Search:
+    """An observer that searches as the one described by ``spec``; it keeps nothing."""
     described = json.loads(spec)
     args = QuantizationArgs.model_validate(described["args"])
-    return Observer.load_from_registry(
-        described["name"], base_name=described["base_name"], args=args, **described["options"]
-    )
+    name, base_name, options = (described[key] for key in ("name", "base_name", "options"))
+    observer: Any = Observer.load_from_registry(name, base_name=base_name, args=args, **options)
+    return observer

@@ -1,5 +1,11 @@
 """What observers keep: named tensors, so that they can be saved, merged and gone back to."""
 
+import itertools
+import json
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -8,7 +14,14 @@ from torch import Tensor, nn
 from fxmse.observers.counting import count_non_finite
 from fxmse.search.tiles import Range
 
-__all__ = ["State", "Stateful"]
+__all__ = ["Described", "Lock", "State", "Stateful", "hold", "plain_modes", "refuse_differences", "without_autocast"]
+
+_EXTRA = "_extra_state"  # torch's key of what a state dict has beside parameters and buffers
+_NUM_SHOWN = 8  # differences that an error names
+_UNDESCRIBED = (
+    "the state does not say which formats, observers and weights it is of, as states did not always: it is taken for "
+    "one of this calibration"
+)
 
 
 class State(NamedTuple):
@@ -83,17 +96,165 @@ class _Kept(Protocol):
 Kept = TypeVar("Kept", bound=_Kept)
 
 
-class Stateful(nn.Module, Generic[Kept]):
+class Lock:
+    """Has one thread at a time do what another must not do meanwhile; a copy is another lock."""
+
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.number = next(self._numbers)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Lock, ()
+
+
+@contextmanager
+def hold(locks: Iterable[Lock]) -> Iterator[None]:
+    """Holds several locks within a ``with`` block, taken in an order that is the same for all threads."""
+    with ExitStack() as stack:
+        for lock in sorted(set(locks), key=lambda lock: lock.number):
+            stack.enter_context(lock)
+        yield
+
+
+@contextmanager
+def plain_modes(value: Tensor) -> Iterator[None]:
+    """Within a ``with`` block arithmetic on ``value``'s device is what is written, whatever the model runs under.
+
+    Autocast would compute in another dtype than the tensors', inference mode gives tensors that nothing outside of it
+    can write, and gradients keep alive what they are of.
+    """
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(value):
+        yield
+
+
+def without_autocast(value: Tensor) -> AbstractContextManager[object]:
+    """That part of :func:`plain_modes` that graphs can have.
+
+    Raises:
+        ValueError: the default dtype is not float32. It is one of the process, so that it cannot be set for a moment.
+    """
+    if (default := torch.get_default_dtype()) != torch.float32:
+        raise ValueError(
+            f"the default dtype is {default}, in which ranges would be searched: call "
+            "torch.set_default_dtype(torch.float32) first. The model's own dtype stays what it is"
+        )
+    device_type = value.device.type
+    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
+
+
+class Described(nn.Module):
+    """A module whose state dict says what its state is of, and which takes the state of nothing else.
+
+    That is JSON in a tensor of bytes, under torch's own key for what is not a parameter or buffer. There is none where
+    there is no state, or nothing to say of it.
+
+    Attributes:
+        name: what the module is called in messages.
+    """
+
+    name: str
+
+    def describe(self) -> dict[str, str]:
+        """All that a state depends on, fact by fact."""
+        raise NotImplementedError
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether there is a state."""
+        raise NotImplementedError
+
+    def get_extra_state(self) -> Tensor:
+        """:meth:`describe` as uint8."""
+        return torch.tensor(list(json.dumps(self.describe()).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Does nothing: what was loaded is of what this module is of."""
+
+    def read_facts(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, str]:
+        """What a state dict says that the state of this module is of; nothing where it does not say."""
+        saved = state_dict.get(prefix + _EXTRA)
+        if saved is None:
+            return {}
+        try:
+            facts = json.loads(bytes(saved.tolist()))
+            return {str(name): str(fact) for name, fact in facts.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.name}: {prefix}{_EXTRA} of the state is no description: {error}") from None
+
+    def find_difference(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """How what a state dict has for this module is of something else; None where it is not.
+
+        What one of them does not know, as an option of a later version, has no say.
+        """
+        return self._compare(self.read_facts(state_dict, prefix), self.describe())
+
+    def _compare(self, there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
+        differing = [name for name, fact in here.items() if there.get(name, fact) != fact]
+        if "observer" in differing:  # whose options are others in any case
+            differing = ["observer"]
+        facts = ", ".join(f"{name} is {there[name]} in the state and {here[name]} here" for name in differing)
+        return f"{self.name}: {facts}" if differing else None
+
+    def _make_room(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Prepares for a state that is about to be loaded."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not (self.has_statistics and self.describe()):
+            del destination[prefix + _EXTRA]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        refuse_differences([self.find_difference(state_dict, prefix)])
+        self._make_room(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        if prefix + _EXTRA in missing_keys:
+            missing_keys.remove(prefix + _EXTRA)
+            if self.has_statistics and self.describe():
+                warnings.warn(_UNDESCRIBED, UserWarning, stacklevel=2)
+
+
+def refuse_differences(found: Iterable[str | None]) -> None:
+    """Raises ValueError where any of what :meth:`Described.find_difference` has found is one."""
+    if differences := [difference for difference in found if difference]:
+        shown, rest = "; ".join(differences[:_NUM_SHOWN]), len(differences) - _NUM_SHOWN
+        raise ValueError(
+            f"the state is of another calibration: {shown}{f'; and {rest} more' if rest > 0 else ''}. Nothing was "
+            "loaded: prepare the graph as the one that was saved, or calibrate anew"
+        )
+
+
+class Stateful(Described, Generic[Kept]):
     """A module whose state is a NamedTuple of tensors, each a buffer of its field's name.
 
     So a state dict saves what was seen, also in the middle of a calibration, and loading it goes on from there: a
     module that has seen nothing takes the state of one that has, and the other way round.
+
+    Attributes:
+        lock: held while the state becomes that after one more value.
     """
 
     state_class: ClassVar[type]
 
     def __init__(self) -> None:
         super().__init__()
+        self.lock = Lock()
         for name in self.state_class._fields:  # type: ignore[attr-defined]
             self.register_buffer(name, None)
 
@@ -109,13 +270,17 @@ class Stateful(nn.Module, Generic[Kept]):
             if getattr(self, name) is not tensor:  # a module's attributes are slow to set
                 setattr(self, name, tensor)
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether any value has been seen."""
+        return any(tensor is not None for tensor in self.state._asdict().values())
+
     def go_back(self, state: Kept) -> None:
         """Goes back to an earlier state."""
         self.state = state
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _make_room(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         # A buffer is copied into one of its shape, and there may be none yet.
         for name in self.state_class._fields:  # type: ignore[attr-defined]
             saved = state_dict.get(prefix + name)
             setattr(self, name, None if saved is None else torch.empty_like(saved))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,40 +1,58 @@
 """compressed-tensors checkpoints, as transformers and vLLM load them."""
 
 import copy
-import json
 import os
+import re
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from compressed_tensors.quantization import (
+    DynamicType,
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationStrategy,
+    apply_quantization_config,
+)
 from compressed_tensors.utils import match_named_modules
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import get_attribute
-from fxmse.capture.front_ends import copy_graph_module
-from fxmse.config import CONFIG_KEY
+from fxmse.capture.front_ends import check_graph, copy_graph_module
+from fxmse.config import CONFIG_KEY, Site
 from fxmse.observers.base import QPARAMS
-from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, is_fake_quantize
-from fxmse.outputs.files import replace_folder
+from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE, is_fake_quantize
+from fxmse.outputs.experts import Sites, split_experts
+from fxmse.outputs.files import check_apart, check_place, replace_folder
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
+from fxmse.passes.probe import find_probes
+from fxmse.reading import check_file, check_link, read_json
 
 __all__ = [
-    "apply_config",
     "check_replaceable",
-    "check_untied",
+    "check_saveable",
     "copy_tokenizer",
     "find_homes",
+    "find_places",
+    "find_tied",
+    "foresee",
+    "keep_others",
+    "link",
+    "prepare_model",
     "read_sites",
     "save_pretrained",
+    "warn_of_dtype",
 ]
 
+_TOKENIZER_LIMIT = 2**30
+"""Bytes of a file: a sparse one is copied with all its zeros."""
 # What belongs to a tokenizer or processor, in the folder that a model was loaded from.
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -46,6 +64,10 @@ _TOKENIZER_FILES = (
     "sentencepiece*",
     "chat_template*",
     "*processor_config.json",
+)
+# What a checkpoint is made of. All else in a folder was put there by somebody: it stays.
+_OWN_FILES = re.compile(
+    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|fxmse_report\.json"
 )
 
 
@@ -66,76 +88,193 @@ def save_pretrained(
     Args:
         quantized: a folded graph of ``model``, from ``fxmse.convert``.
         model: the float model, a ``transformers.PreTrainedModel``; not changed, and its parameters are not copied.
-        path: the folder; a quantized checkpoint that is there is replaced once the new one is complete.
+        path: the folder; a quantized checkpoint that is there is replaced once the new one is complete. Files in it
+            that are no part of a checkpoint stay.
         extra_files: the contents of more files for it, by name.
 
     Raises:
         ValueError: another kind of model; a graph that was not folded; values that such a checkpoint cannot hold
             (weights of experts and convolutions, outputs of functions; all are named; tied weights); shapes that do
-            not fit; a folder that holds something else than a quantized checkpoint.
+            not fit; a folder that holds something else than a quantized checkpoint, or the float model, or that cannot
+            be replaced (a symbolic link, a file, a mount).
         OSError: the folder cannot be written; what was there before still is.
     """
     from compressed_tensors.compressors import ModelCompressor
+
+    check_graph(quantized, "fxmse.convert")
+    _check_model(model)
+    check_replaceable(Path(path), str(model.name_or_path or ""))
+    sites, blocks = read_sites(quantized)
+    config = quantized.meta.get(CONFIG_KEY)
+    if not sites or config is None:
+        raise ValueError("the graph has no fake-quantize nodes that fxmse folded: make it with fxmse.convert")
+    prepared, sites, ignored = prepare_model(_share_parameters(model), config, sites, blocks)
+    for module, own in find_homes(prepared, sites).items():
+        for name, value in own.items():
+            parameter = prepared.get_submodule(module).get_parameter(name)
+            parameter.data = value.to(parameter.device)
+    compressor = ModelCompressor.from_pretrained_model(prepared)
+    if compressor.quantization_config:
+        # It lists modules, and experts that stay in float are none.
+        compressor.quantization_config.ignore += ignored
+    compressor.compress_model(prepared)
+    warn_of_dtype(prepared)
+    with replace_folder(Path(path)) as folder:
+        try:
+            prepared.save_pretrained(folder)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        compressor.update_config(str(folder))
+        if model.name_or_path:
+            copy_tokenizer(Path(str(model.name_or_path)), folder)
+        for name, content in (extra_files or {}).items():
+            (folder / name).write_text(content)
+        if os.path.exists(path):
+            keep_others(Path(path), folder)
+
+
+def check_saveable(observed: GraphModule, model: nn.Module) -> None:
+    """Raises ValueError for what :func:`save_pretrained` will refuse, before anything is searched.
+
+    Args:
+        observed: a graph of ``model`` from ``fxmse.prepare``.
+        model: the float model; its values are not looked at, and may be on the meta device.
+
+    Raises:
+        ValueError: another kind of model; tied weights; values that a checkpoint has no place for (all are named).
+    """
+    _check_model(model)
+    sites, blocks = foresee(site for _, probe in find_probes(observed) for site in probe.sites)
+    memo: dict[int, Any] = {id(t): t.detach().to("meta") for t in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    prepared, sites, _ = prepare_model(copy.deepcopy(model, memo), observed.meta[CONFIG_KEY], sites, blocks)
+    find_places(prepared, {site: list(kinds) for site, kinds in sites.items()})
+
+
+def find_tied(config: QuantizationConfig, model: nn.Module) -> dict[str, str]:
+    """The modules that a config quantizes though their weights are tied, each with the parameters that are one.
+
+    Where a checkpoint is to be written they belong on the config's ignore list.
+    """
+    targets = [target for scheme in config.config_groups.values() if scheme.weights for target in scheme.targets]
+    matched = {name for name, _ in match_named_modules(model, targets, config.ignore or [])}
+    return {
+        module: " and ".join(tied)
+        for tied in _list_tied(model)
+        for module, _, name in (parameter.rpartition(".") for parameter in tied)
+        if module in matched and name == "weight"
+    }
+
+
+def _check_model(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}: expected a transformers.PreTrainedModel")
-    check_replaceable(Path(path))
-    sites = read_sites(quantized)
-    config = quantized.meta.get(CONFIG_KEY)
-    if not sites or config is None:
-        raise ValueError("the graph has no fake-quantize nodes that fxmse folded: make it with fxmse.convert")
-    prepared = _share_parameters(model)
-    apply_config(prepared, config, sites)
-    check_untied(prepared, sites)
-    for module, qparams in find_homes(prepared, sites).items():
-        for name, value in qparams.items():
-            parameter = prepared.get_submodule(module).get_parameter(name)
-            parameter.data = value.to(parameter.device)
-    compressor = ModelCompressor.from_pretrained_model(prepared)
-    compressor.compress_model(prepared)
-    _warn_of_dtype(prepared)
-    with replace_folder(Path(path)) as folder:
-        prepared.save_pretrained(folder)
-        compressor.update_config(str(folder))
-        if model.name_or_path:
-            copy_tokenizer(Path(model.name_or_path), folder)
-        for name, content in (extra_files or {}).items():
-            (folder / name).write_text(content)
 
 
-def check_replaceable(path: Path) -> None:
-    """Raises ValueError where saving would remove what it did not write, such as the float model."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    config = path / "config.json"
-    if not config.is_file() or "quantization_config" not in json.loads(config.read_text()):
-        raise ValueError(f"{path} exists and holds no quantized checkpoint: choose a new folder, or empty it")
+def prepare_model(
+    model: Any, config: QuantizationConfig, sites: Sites, blocks: Mapping[str, Sequence[int]]
+) -> tuple[Any, Sites, list[str]]:
+    """Makes places for the qparams of sites.
 
+    Args:
+        model: a copy whose modules may change.
+        config: what the sites are of.
+        sites: with their qparams.
+        blocks: the block structure of those in blocks.
 
-def apply_config(model: nn.Module, config: QuantizationConfig, sites: Collection[str]) -> None:
-    """Gives the modules of ``model`` that were quantized their schemes, and places for their qparams."""
+    Returns:
+        The model, the sites with experts as linears, and what is to be ignored besides, as no module is.
+    """
+    sites, split_config = split_experts(model, sites, blocks, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matches nothing was named when observers were inserted
-        apply_quantization_config(model, _ignore_untouched(config, model, sites), show_progress=False)
-
-
-def check_untied(model: nn.Module, sites: Collection[str]) -> None:
-    """Raises ValueError for a weight that two modules share, which from_pretrained would tie again in float."""
-    names: defaultdict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
-    for tied in names.values():
-        if len(tied) > 1 and any(name in sites for name in tied):
+        apply_quantization_config(model, _ignore_untouched(split_config, model, sites), show_progress=False)
+    for tied in _list_tied(model):
+        if any(name in sites for name in tied):
+            # from_pretrained would tie it again in float.
             raise ValueError(
                 f"{' and '.join(tied)} are one tied parameter, of which a checkpoint cannot hold a quantized weight: "
                 "put the module on the ignore list, or untie them"
             )
+    return model, sites, [name for name in split_config.ignore or [] if name not in (config.ignore or [])]
 
 
-def read_sites(quantized: GraphModule) -> dict[str, dict[str, Tensor | None]]:
-    """Each site's qparams; None where there is none."""
-    sites = {}
+def foresee(sites: Iterable[Site]) -> tuple[Sites, dict[str, Sequence[int]]]:
+    """What :func:`read_sites` will find of sites, without values."""
+    args = {site.name: site.args for site in sites}
+    foreseen: Sites = {name: dict.fromkeys(_foresee_qparams(own)) for name, own in args.items()}
+    return foreseen, {name: own.block_structure for name, own in args.items() if own.block_structure}
+
+
+def _foresee_qparams(args: QuantizationArgs) -> list[str]:
+    """Which qparams a value will have."""
+    has_global = args.strategy == QuantizationStrategy.TENSOR_GROUP
+    if args.dynamic:
+        return ["global_scale"] if args.dynamic == DynamicType.LOCAL else []
+    return ["scale", *(["global_scale"] if has_global else []), *([] if args.symmetric else ["zero_point"])]
+
+
+def check_replaceable(path: Path, source: str | os.PathLike[str]) -> None:
+    """Raises ValueError where saving would fail, or remove what it did not write, such as the float model.
+
+    Args:
+        path: where the checkpoint shall be.
+        source: where the float model is from, if that is a folder.
+    """
+    check_place(path, is_folder=True)
+    if path.exists() and any(path.iterdir()):
+        _check_quantized(path)
+    if os.path.isdir(source):
+        check_apart(path, Path(source))
+
+
+def _check_quantized(path: Path) -> None:
+    """Raises ValueError for a folder that holds something else than a checkpoint of compressed-tensors."""
+    config = path / "config.json"
+    found = read_json(config).get("quantization_config") if config.is_file() else None
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} exists and holds no quantized checkpoint: choose a new folder, or empty it")
+    if found.get("quant_method", "compressed-tensors") != "compressed-tensors":
+        raise ValueError(
+            f"{path} holds a checkpoint of {found['quant_method']}, which fxmse did not write: choose a new folder, or "
+            "empty it"
+        )
+
+
+def keep_others(old: Path, new: Path) -> None:
+    """Links what is in the old folder beside a checkpoint into the new one; what that has itself goes first."""
+    for entry in old.iterdir():
+        target = new / entry.name
+        if _OWN_FILES.fullmatch(entry.name) or os.path.lexists(target):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, target, symlinks=True, copy_function=link)
+        else:
+            link(entry, target)
+
+
+def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Another name for a file, or a copy."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links, or another one
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _list_tied(model: nn.Module) -> Iterator[list[str]]:
+    """The names of each parameter that has several."""
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    yield from (tied for tied in names.values() if len(tied) > 1)
+
+
+def read_sites(quantized: GraphModule) -> tuple[Sites, dict[str, Sequence[int]]]:
+    """Each site's qparams, None where there is none; and the block structure of those in blocks."""
+    sites: Sites = {}
+    blocks: dict[str, Sequence[int]] = {}
     opened = copy_graph_module(quantized)
     OpenRegions()(opened)
     for graph in list_open_graphs(opened):
@@ -145,8 +284,11 @@ def read_sites(quantized: GraphModule) -> dict[str, dict[str, Tensor | None]]:
                 kind: get_attribute(graph, str(source.target)) if isinstance(source, Node) else None
                 for kind, source in zip(QPARAMS, inputs, strict=True)
             }
-            sites.update(dict.fromkeys(node.meta.get(SITES_KEY, ()), qparams))
-    return sites
+            names = node.meta.get(SITES_KEY, ())
+            sites.update(dict.fromkeys(names, qparams))
+            if node.target is FAKE_QUANTIZE and len(node.args) > 8 and node.args[8]:
+                blocks.update(dict.fromkeys(names, node.args[8]))
+    return sites, blocks
 
 
 def _share_parameters(model: nn.Module) -> Any:
@@ -168,35 +310,48 @@ def _ignore_untouched(config: QuantizationConfig, model: nn.Module, sites: Colle
     return config.model_copy(update={"ignore": ignore + untouched}, deep=True)
 
 
-def find_homes(model: nn.Module, sites: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, dict[str, Tensor]]:
-    """Of each quantized module its qparams, by the names under which compressed-tensors keeps them.
-
-    Args:
-        model: one that :func:`apply_config` prepared.
-        sites: the qparams of each site; none where only the places are asked for.
-
-    Raises:
-        ValueError: sites that such a checkpoint has no place for (all are named); a shape that does not fit.
-    """
-    homes: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+def find_places(model: nn.Module, sites: Mapping[str, Collection[str]]) -> dict[str, dict[str, nn.Parameter | None]]:
+    """Where compressed-tensors keeps each site's qparams; raises ValueError where it has no place for some."""
+    places: dict[str, dict[str, nn.Parameter | None]] = {}
     homeless = []
-    for site, qparams in sites.items():
+    for site, kinds in sites.items():
         path, _, role = site.rpartition(".")
         module = model.get_submodule(path)
-        found = {kind: getattr(module, f"{role}_{kind}", None) for kind in QPARAMS}
+        places[site] = {kind: getattr(module, f"{role}_{kind}", None) for kind in QPARAMS}
         # transformers loads a quantized embedding as one in float.
         if (
             isinstance(module, nn.Embedding)
             or not hasattr(module, "quantization_scheme")
-            or any(value is not None and found[kind] is None for kind, value in qparams.items())
+            or any(places[site][kind] is None for kind in kinds)
         ):
             homeless.append(site)
-            continue
-        for kind, parameter in found.items():
-            if parameter is None or not qparams:
+    if homeless:
+        raise ValueError(
+            f"a compressed-tensors checkpoint has no place for {'; '.join(homeless)}: it holds values of Linear "
+            "and attention modules. Leave these out of the config, or save the graph as a .pt2"
+        )
+    return places
+
+
+def find_homes(model: nn.Module, sites: Sites) -> dict[str, dict[str, Tensor]]:
+    """Of each module the qparams that it keeps, by the names under which compressed-tensors does.
+
+    Args:
+        model: a prepared one.
+        sites: with their qparams.
+
+    Raises:
+        ValueError: as :func:`find_places`; a shape that does not fit.
+    """
+    homes: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    kinds = {site: [kind for kind in QPARAMS if qparams[kind] is not None] for site, qparams in sites.items()}
+    for site, places in find_places(model, kinds).items():
+        path, _, role = site.rpartition(".")
+        for kind, parameter in places.items():
+            if parameter is None:
                 continue
-            value = qparams[kind]
-            # A zero point of 0.
+            value = sites[site][kind]
+            # A zero point of 0. What several modules have is written as often.
             value = torch.zeros_like(parameter, device="cpu") if value is None else value.detach().clone()
             if value.shape != parameter.shape:
                 raise ValueError(
@@ -204,15 +359,10 @@ def find_homes(model: nn.Module, sites: Mapping[str, Mapping[str, Tensor | None]
                     f"{tuple(parameter.shape)}: was the graph made of this model?"
                 )
             homes[path][f"{role}_{kind}"] = value
-    if homeless:
-        raise ValueError(
-            f"a compressed-tensors checkpoint has no place for {'; '.join(homeless)}: it holds values of Linear "
-            "and attention modules. Leave these out of the config, or save the graph as a .pt2"
-        )
     return homes
 
 
-def _warn_of_dtype(model: Any) -> None:
+def warn_of_dtype(model: Any) -> None:
     """Names what compressed-tensors cannot load again in the model's own dtype."""
     schemes = [getattr(module, "quantization_scheme", None) for module in model.modules()]
     has_fp4 = any(s and s.weights and (s.weights.type, s.weights.num_bits) == ("float", 4) for s in schemes)
@@ -230,4 +380,6 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for pattern in _TOKENIZER_FILES if source.is_dir() else ():
         for file in source.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
+                check_link(file, source)
+                check_file(file, _TOKENIZER_LIMIT)
                 shutil.copyfile(file, folder / file.name)

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxmse.outputs.checkpoint import apply_config, check_untied, find_homes
+from fxmse.config import Site
+from fxmse.outputs.checkpoint import find_homes, find_places, foresee, prepare_model, warn_of_dtype
+from fxmse.outputs.experts import Experts, Sites
 from fxmse.outputs.files import replace_file
 
 __all__ = ["Shards"]
@@ -32,7 +34,7 @@ class Shards:
     Args:
         model: a ``transformers.PreTrainedModel``, of whose parameters no value is read.
         config: what it was quantized by.
-        sites: the names of all values that are quantized.
+        sites: all values that are quantized.
         conversions: how the float model's files become its tensors, in transformers' terms: names and forms are turned
             back to those.
 
@@ -41,17 +43,21 @@ class Shards:
     """
 
     def __init__(
-        self, model: nn.Module, config: QuantizationConfig, sites: Iterable[str], conversions: Sequence[Any] = ()
+        self, model: nn.Module, config: QuantizationConfig, sites: Iterable[Site], conversions: Sequence[Any] = ()
     ) -> None:
         from compressed_tensors.compressors import ModelCompressor
 
-        sites = list(sites)
-        self.model: Any = _copy_on_meta(model)
-        apply_config(self.model, config, sites)
-        check_untied(self.model, sites)
-        self.model._weight_conversions = list(conversions) or None  # as from_pretrained leaves them
-        find_homes(self.model, {site: {} for site in sites})
+        foreseen, self._blocks = foresee(sites)
+        copied = _copy_on_meta(model)
+        copied._weight_conversions = list(conversions) or None  # as from_pretrained leaves them
+        experts = [Experts.find(copied, path) for path, _ in copied.named_modules()]
+        self.model, split, ignored = prepare_model(copied, config, foreseen, self._blocks)
+        self._experts = {own.path: own for own in experts if own and not Experts.find(self.model, own.path)}
+        find_places(self.model, {site: list(kinds) for site, kinds in split.items()})
         self._compressor = ModelCompressor.from_pretrained_model(self.model)
+        if self._compressor.quantization_config:
+            self._compressor.quantization_config.ignore += ignored
+        warn_of_dtype(self.model)
 
     def measure(self) -> int:
         """The bytes of all tensors of the checkpoint, or a little more: zero points before they are packed."""
@@ -67,9 +73,7 @@ class Shards:
     def _list_buffers(self) -> list[str]:
         return [name for name in self.model.state_dict() if name in dict(self.model.named_buffers())]
 
-    def write(
-        self, tensors: Mapping[str, Tensor], sites: Mapping[str, Mapping[str, Tensor | None]], path: Path
-    ) -> None:
+    def write(self, tensors: Mapping[str, Tensor], sites: Sites, path: Path) -> None:
         """A file of some of the model's tensors, which is there whole or not at all.
 
         Args:
@@ -82,8 +86,8 @@ class Shards:
         """
         from transformers.core_model_loading import revert_weight_conversion
 
-        found = dict(tensors)
-        for module_path, qparams in find_homes(self.model, sites).items():
+        found = dict(self._split_tensors(tensors))
+        for module_path, qparams in find_homes(self.model, self._split_sites(sites)).items():
             module = self.model.get_submodule(module_path)
             prefix = f"{module_path}." if module_path else ""
             names = [name for name, _ in module.named_parameters(recurse=False) if prefix + name in found]
@@ -92,6 +96,20 @@ class Shards:
         found = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(self.model, found).items()}
         with replace_file(path) as new:
             save_file(found, new, metadata={"format": "pt"})
+
+    def _split_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """With a linear for each expert that is quantized."""
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            yield from self._experts[path].split_parameter(leaf, tensor) if path in self._experts else [(name, tensor)]
+
+    def _split_sites(self, sites: Sites) -> Sites:
+        split: Sites = {}
+        for site, qparams in sites.items():
+            experts = self._experts.get(site.rpartition(".")[0])
+            own = experts.split_site(site, qparams, self._blocks.get(site)) if experts else None
+            split |= {site: qparams} if own is None else own
+        return split
 
     def write_index(self, folder: Path, files: Iterable[str]) -> None:
         """What says which file of ``folder`` has which tensor, and the config."""

@@ -2,8 +2,8 @@
 
 What both searches are made of:
 
-- ``power``: |e| ** norm, the arithmetic that a search consists of.
 - ``compiling``: when and how a stage is compiled; the only place that calls torch.compile for it.
+- ``power``: |e| ** norm, the arithmetic that a search consists of.
 - ``tiles``: a value's groups in tiles that fit a cache and a graph.
 - ``error_sums``: the errors of many scales at once.
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 __all__ = [
     "MIN_COMPILED",
@@ -211,8 +212,13 @@ def _first_line(error: Exception) -> str:
 
 
 def is_traced(value: Tensor) -> bool:
-    """Whether somebody else's graph is being made, or ``value`` has no data that a kernel could read."""
-    return torch.compiler.is_compiling() or isinstance(value, FakeTensor)
+    """Whether somebody else's graph is being made, or ``value`` has no data that a kernel could read.
+
+    ``torch.compiler.is_compiling`` and ``is_exporting`` are flags of the process, which another thread may have set.
+    """
+    if torch.compiler.is_dynamo_compiling():  # True where Dynamo looks at this line, False where Python runs it
+        return True
+    return isinstance(value, FakeTensor | FunctionalTensor) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def reads_flags(tensor: Tensor) -> bool:

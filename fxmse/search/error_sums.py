@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxmse.formats.grids import Format, Grid
 from fxmse.formats.tables import keep
+from fxmse.search.compiling import is_traced
 from fxmse.search.tiles import Arithmetic, split_pairs
 
 __all__ = ["list_errors", "sum_moments", "sum_powers"]
@@ -83,7 +84,7 @@ def _sum(
     weights_OQPG: Tensor | None,
 ) -> list[Tensor]:
     """The sums of terms, uncompiled of so many candidates at a time as may be copies of the data."""
-    if torch.compiler.is_compiling():
+    if is_traced(values_OQPG):
         # There the candidates are a loop around a row that stays in cache.
         return _sum_at_once(list_terms, arithmetic, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG)
     at_a_time = max(1, min(len(scale_CQ), _MAX_EAGER // values_OQPG.numel()))

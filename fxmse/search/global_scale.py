@@ -35,6 +35,8 @@ def find_global_range(
 ) -> Range:
     """Finds the range, shape (1,), that the global scale follows from which weights of tensor_group are best with.
 
+    Of weights (..., out, in) it has shape (..., 1, 1): those matrices share one that stand at the same place.
+
     All of an octave is tried: another octave has the same scales but for the smallest and largest ones. Weights of many
     groups are judged by a sample.
 
@@ -43,8 +45,19 @@ def find_global_range(
         format: the format.
         layout: their groups.
         power: |e| ** norm.
-        importances: of each weight, as for :func:`fxmse.search.optimum.find_optimum`.
+        importances: of each weight, as for :func:`fxmse.search.optimum.find_optimum`; or one of each matrix.
     """
+    if layout.is_by_matrix(values[0].shape):
+        matrices = [value.flatten(0, -3) for value in values]
+        by_matrix = [None if i is None else i.expand(len(m), -1) for i, m in zip(importances, matrices, strict=True)]
+        found = [
+            find_global_range(
+                [own[n] for own in matrices], format, layout, power, [None if i is None else i[n] for i in by_matrix]
+            )
+            for n in range(len(matrices[0]))
+        ]
+        shape = layout.as_one_group().qparam_shape(values[0].shape)
+        return Range(*(torch.cat(ends).reshape(shape) for ends in zip(*found, strict=True)))
     assert layout.group_size is not None
     problem = OptimumProblem(format, power, False, values[0].dtype)
     with torch.no_grad():

@@ -8,6 +8,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from fxmse.search.compiling import is_traced
+
 __all__ = ["AbsolutePower"]
 
 _DEGREE = 5  # for m ** p at p below 1 one more, which has the relative error stay as small
@@ -137,7 +139,7 @@ class AbsolutePower:
         if self.exponent == 2:
             return x * x
         is_fitted = self.root or self.mantissa_coefficients
-        if not is_fitted or not torch.compiler.is_compiling():
+        if not is_fitted or not is_traced(x):
             return torch.pow(x.abs(), self.exponent)
         if self.root:
             return self.root(x * x)

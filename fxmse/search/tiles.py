@@ -5,7 +5,7 @@ Shape suffixes: O observations, Q qparams (one per group), P parts of a group, G
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ __all__ = [
     "measure_pairs",
     "measure_range",
     "measure_tiles",
+    "search_matrices",
     "split_pairs",
 ]
 
@@ -77,6 +78,28 @@ class Range(NamedTuple):
 def cover_ranges(ranges: Sequence[Range]) -> Range:
     """The range that covers all of ``ranges``, which have one shape."""
     return Range(torch.stack([r.min for r in ranges]).amin(0), torch.stack([r.max for r in ranges]).amax(0))
+
+
+def search_matrices(
+    search: Callable[[Tensor, Tensor | None], Range], value: Tensor, layout: Layout, global_scale: Tensor | None = None
+) -> Range:
+    """The ranges that ``search`` gives, of each matrix for itself where ``layout`` has a (global) scale for each.
+
+    Args:
+        search: called with a value, or a matrix (out, in) of it, and the global scale of that.
+        value: float.
+        layout: that of the ranges.
+        global_scale: float32, one element, or one for each matrix.
+    """
+    if not layout.is_by_matrix(value.shape):
+        return search(value, global_scale)
+    matrices = value.flatten(0, -3)
+    scales: Iterable[Tensor | None] = itertools.repeat(None, len(matrices))
+    if global_scale is not None:
+        scales = global_scale.flatten().expand(len(matrices)).split(1)
+    found = [search(matrix, scale) for matrix, scale in zip(matrices, scales, strict=True)]
+    shape = layout.qparam_shape(value.shape)
+    return Range(*(torch.cat([end.flatten() for end in ends]).reshape(shape) for ends in zip(*found, strict=True)))
 
 
 class Tile(NamedTuple):

@@ -19,6 +19,7 @@ from fxmse.capture.front_ends import split_inputs
 from fxmse.config import CONFIG_KEY, Config
 from fxmse.inputs.weights import Weights, load_skeleton
 from fxmse.outputs.checkpoint import check_replaceable, copy_tokenizer, read_sites
+from fxmse.outputs.experts import Sites
 from fxmse.outputs.shards import Shards
 from fxmse.passes.parts import Part, cut, make_entry
 from fxmse.passes.probe import find_probes
@@ -45,6 +46,8 @@ def quantize_checkpoint(
     part_size: int = _PART_SIZE,
     propagate: str = "float",
     resume: bool = True,
+    trust_remote_code: bool = False,
+    moe_calibrate_all_experts: bool = True,
     progress: bool = True,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
@@ -69,6 +72,8 @@ def quantize_checkpoint(
         propagate: what a part is calibrated on: "float", the values of the float model, or "quantized", those that the
             quantized parts before it compute.
         resume: go on with what an earlier call with the same arguments has done; otherwise that is removed.
+        trust_remote_code: run the code that the folder has for models that transformers has no class of.
+        moe_calibrate_all_experts: as for ``fxmse.prepare``.
         progress: show a progress bar.
         extra_files: the contents of more files for the checkpoint, by name.
 
@@ -81,16 +86,22 @@ def quantize_checkpoint(
     if propagate not in ("float", "quantized"):
         raise ValueError(f"propagate={propagate!r}: expected 'float' or 'quantized'")
     check_batches(batches)
-    check_replaceable(out)
-    model, weights = load_skeleton(folder, dtype)
+    check_replaceable(out, folder)
+    model, weights = load_skeleton(folder, dtype, trust_remote_code=trust_remote_code)
     remaining = iter(batches)
     first = list(itertools.islice(remaining, 1))
-    observed = prepare(model, config, first[0] if first else dict(model.dummy_inputs), dynamic_shapes=dynamic_shapes)
+    observed = prepare(
+        model,
+        config,
+        first[0] if first else dict(model.dummy_inputs),
+        dynamic_shapes=dynamic_shapes,
+        moe_calibrate_all_experts=moe_calibrate_all_experts,
+    )
     is_observed = observes_activations(observed)
     if is_observed and not first:
         raise ValueError("no batches: the config has values that data has to be shown to")
     resolved = observed.meta[CONFIG_KEY]
-    sites = [site.name for _, probe in find_probes(observed) for site in probe.sites]
+    sites = [site for _, probe in find_probes(observed) for site in probe.sites]
     shards = Shards(model, resolved, sites, weights.conversions)
     entry = make_entry(observed)
     names = [node.name for node in observed.graph.find_nodes(op="placeholder")]
@@ -103,7 +114,12 @@ def quantize_checkpoint(
         digest = hashlib.sha256()
         if is_observed:
             _enter(work, entry, names, hash_batches(itertools.chain(first, remaining), digest))
-        options = {"the part size": part_size, "the propagation": propagate, "the dtype": dtype}
+        options = {
+            "the part size": part_size,
+            "the propagation": propagate,
+            "the dtype": dtype,
+            "the experts' calibration": moe_calibrate_all_experts,
+        }
         work.resume(describe_run(folder, resolved, **options, **{"the data": digest.hexdigest()}))
         run = _Run(work, weights, shards, parts, propagate if is_observed else "")
         sizes = [run.count(number) for number in range(len(run.own))]
@@ -161,7 +177,7 @@ class _Run:
         """Calibrates a part, writes what it has of the checkpoint, and forgets it."""
         start = time.perf_counter()
         loaded: dict[str, Tensor] = {}
-        sites: dict[str, dict[str, Tensor | None]] = {}
+        sites: Sites = {}
         if number < len(self.parts):
             loaded, sites = self._calibrate(number)
         known = {site for part in self.work.done for site in part["sites"]}
@@ -174,7 +190,7 @@ class _Run:
             self.shards.write(own, sites, self.work.folder / files[0])
         self.work.note({"sites": sorted(sites), "seconds": round(time.perf_counter() - start, 3)}, files, number + 1)
 
-    def _calibrate(self, number: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor | None]]]:
+    def _calibrate(self, number: int) -> tuple[dict[str, Tensor], Sites]:
         """The weights that a part reads, and the qparams of its sites; what later parts need is kept."""
         part, self.parts[number] = self.parts[number], None  # its observers go with it
         assert part
@@ -195,7 +211,7 @@ class _Run:
             quantized = convert(part.graph_module) if has_probes else part.graph_module
             if runs and self.propagate == "quantized":
                 observe_batches(quantized, feed, False, feed.keep)
-            return {n: p.data for n, p in parameters.items()}, read_sites(quantized) if has_probes else {}
+            return {n: p.data for n, p in parameters.items()}, read_sites(quantized)[0] if has_probes else {}
         finally:
             for name, parameter in parameters.items():
                 parameter.data = hollow[name]

@@ -3,14 +3,15 @@
 import errno
 import fcntl
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fxmse.outputs.checkpoint import keep_others, link
 from fxmse.outputs.files import replace_file, replace_folder
+from fxmse.reading import read_json
 from fxmse.streaming.activations import Activations
 from fxmse.streaming.fingerprints import find_difference
 
@@ -99,8 +100,11 @@ class Work:
     def finish(self) -> None:
         """Puts the checkpoint in its place."""
         with replace_folder(self.out) as new:
-            for file in list(self.folder.iterdir()):
-                os.rename(file, new / file.name)
+            # A run that is killed here is gone on with from the parts, which stay until all is in its place.
+            for file in self.folder.iterdir():
+                link(file, new / file.name)
+            if self.out.exists():
+                keep_others(self.out, new)
         self.clear()
 
     def __enter__(self) -> "Work":
@@ -117,7 +121,7 @@ class Work:
         if not path.exists():
             return None
         try:
-            record = json.loads(path.read_text())
+            record = read_json(path)
             assert isinstance(record["facts"], dict)
             assert all(isinstance(part["files"], dict) for part in record["parts"])
         except (ValueError, KeyError, TypeError, AssertionError, RecursionError):

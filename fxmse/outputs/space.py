@@ -1,0 +1,36 @@
+"""How large what is written will at least be, and whether there is room for it."""
+
+import math
+import shutil
+from pathlib import Path
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fxmse.passes.constants import find_weights
+
+__all__ = ["check_space", "estimate_checkpoint", "estimate_program"]
+
+
+def check_space(path: Path, num_bytes: int) -> None:
+    """Raises ValueError where fewer bytes are free beside ``path``; what is there is replaced only at the end."""
+    free = shutil.disk_usage(path.absolute().parent).free
+    if free < num_bytes:
+        raise ValueError(
+            f"{path} needs at least {num_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: free some, or write it "
+            "elsewhere"
+        )
+
+
+def estimate_program(observed: GraphModule) -> int:
+    """Bytes that a .pt2 of an observed graph has at least: its parameters and buffers, each once, stay in float."""
+    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in observed.state_dict().values()}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def estimate_checkpoint(observed: GraphModule, model: nn.Module) -> int:
+    """Bytes that a checkpoint has at least: the parameters, those that are quantized in their bits, without scales."""
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    for probe, rows in find_weights(observed).items():
+        num_bytes -= rows.nbytes - math.ceil(rows.numel() * probe.sites[0].args.num_bits / 8)
+    return num_bytes
