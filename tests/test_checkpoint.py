@@ -21,7 +21,7 @@ from torch import nn
 
 import fxmse
 from fxmse.config import resolve_config
-from fxmse.outputs.checkpoint import _foresee_qparams, _read_sites, check_saveable, find_tied
+from fxmse.outputs.checkpoint import _foresee_qparams, check_saveable, find_tied, read_sites
 from fxmse.outputs.space import estimate_checkpoint
 from fxmse.passes.probe import find_probes
 
@@ -329,7 +329,7 @@ def test_what_can_be_saved_is_known_before_the_search(llama, checkpoints, name):
     check_saveable(observed, model)
     foreseen = {s.name: set(_foresee_qparams(s.args)) for _, probe in find_probes(observed) for s in probe.sites}
     found = {
-        site: {k for k, v in qparams.items() if v is not None} for site, qparams in _read_sites(graphs[name]).items()
+        site: {k for k, v in qparams.items() if v is not None} for site, qparams in read_sites(graphs[name]).items()
     }
     assert foreseen == found
     size = (folder / name / "model.safetensors").stat().st_size

@@ -205,6 +205,7 @@ def test_space_is_looked_for_first(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
 
 
+@pytest.mark.filterwarnings("ignore:the model is torch.float32")
 def test_what_it_takes_is_known_before(tmp_path):
     model = save_model("Llama", tmp_path / "float")
     for scheme in ("W4A16_ASYM", "NVFP4", "FP8"):

@@ -100,9 +100,9 @@ class Experts:
         )
 
     @classmethod
-    def find(cls, model: "PreTrainedModel", path: str) -> "Experts | None":
-        """:meth:`of` the module at ``path``, with the names that the model's own checkpoints have for its linears."""
-        experts = cls.of(path, model.get_submodule(path))
+    def find(cls, model: "PreTrainedModel", path: str, module: nn.Module) -> "Experts | None":
+        """:meth:`of` a module of ``model``, with the names that the model's own checkpoints have for its linears."""
+        experts = cls.of(path, module)
         return experts and replace(experts, linears={**experts.linears, **name_expert_linears(model, path)})
 
     def list_linears(self) -> list[str]:
@@ -223,7 +223,7 @@ def split_experts(
     split = dict(sites)
     groups: dict[Experts, str | None] = {}
     for path, module in list(model.named_modules()):
-        if not (experts := Experts.find(model, path)):
+        if not (experts := Experts.find(model, path, module)):
             continue
         own = by_module.get(path, [])
         parts = {site: experts.split_site(site, sites[site], blocks.get(site)) for site in own}

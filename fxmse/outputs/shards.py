@@ -50,9 +50,11 @@ class Shards:
         foreseen, self._blocks = foresee(sites)
         copied = _copy_on_meta(model)
         copied._weight_conversions = list(conversions) or None  # as from_pretrained leaves them
-        experts = [Experts.find(copied, path) for path, _ in copied.named_modules()]
+        experts = [Experts.find(copied, path, module) for path, module in copied.named_modules()]
         self.model, split, ignored = prepare_model(copied, config, foreseen, self._blocks)
-        self._experts = {own.path: own for own in experts if own and not Experts.find(self.model, own.path)}
+        self._experts = {
+            own.path: own for own in experts if own and not Experts.of(own.path, self.model.get_submodule(own.path))
+        }
         find_places(self.model, {site: list(kinds) for site, kinds in split.items()})
         self._compressor = ModelCompressor.from_pretrained_model(self.model)
         if self._compressor.quantization_config:
