@@ -100,6 +100,12 @@ def _make_parser() -> argparse.ArgumentParser:
         help=".safetensors or .pt of batches; for a folder's model also .txt or .jsonl of texts, or a folder of "
         "images. A scheme of weights alone needs none",
     )
+    command.add_argument(
+        "--bias-correction",
+        action="store_true",
+        help="have the biases of layers make up for what the quantization of weights moves the means of outputs by; "
+        "needs --data",
+    )
     command.add_argument("--out", type=Path, required=True, help="a .pt2, or a folder: a compressed-tensors checkpoint")
     command.add_argument(
         "--batch-size", type=_positive, metavar="N", help="samples a batch (default: 8, or what a .pt2 is for)"
@@ -128,7 +134,7 @@ def _quantize(options: argparse.Namespace) -> None:
     source = load_source(options.model)
     batches = _read_batches(options, source)
     example = batches[0] if batches else source.make_example()
-    observed = prepare(source.module, _make_config(options), example)
+    observed = prepare(source.module, _make_config(options), example, bias_correction=options.bias_correction)
     quantized = convert(calibrate(observed, batches))
     sites = report(quantized, (batches or [example])[:_REPORTED_BATCHES])
     summary = {
@@ -164,6 +170,8 @@ def _check_paths(options: argparse.Namespace) -> None:
         raise ValueError(f"--out {options.out} is a file: expected a folder, or a name that ends in .pt2")
     if not is_program:
         check_replaceable(options.out)
+    if options.bias_correction and options.data is None:
+        raise ValueError("--bias-correction needs the means of inputs: give --data")
     parent = options.out.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--out {options.out}: {parent} is no folder that can be written")

@@ -35,6 +35,7 @@ def prepare(
     dynamic_shapes: Any = None,
     share_across: tuple[str, ...] = (),
     fold_batch_norm: bool = False,
+    bias_correction: bool = False,
 ) -> GraphModule:
     """A graph of ``model`` with observers on the values that ``config`` wants quantized.
 
@@ -47,6 +48,8 @@ def prepare(
         share_across: ops, "cat" or "add", whose observed inputs and output share their scale.
         fold_batch_norm: fold batch norms into the layers before them first, whose weights are then quantized with them
             (:class:`fxmse.passes.FoldBatchNorm`): what int8 kernels want.
+        bias_correction: have :func:`convert` add E[x] (w - q(w)) to the bias of each layer whose weight w is quantized,
+            x its inputs: so quantized weights do not move the means of outputs. Needs data; layers without a bias stay.
 
     Returns:
         The observed graph. It gives the same outputs as the model (with folded norms up to rounding), and observes
@@ -58,7 +61,7 @@ def prepare(
     observed = capture(model, example_inputs, dynamic_shapes)
     if fold_batch_norm:
         FoldBatchNorm()(observed)
-    InsertObservers(config, share_across)(observed)
+    InsertObservers(config, share_across, bias_correction)(observed)
     return observed
 
 
@@ -167,6 +170,7 @@ def quantize(
     dynamic_shapes: Any = None,
     share_across: tuple[str, ...] = (),
     fold_batch_norm: bool = False,
+    bias_correction: bool = False,
     compile: bool = False,
     progress: bool = True,
 ) -> GraphModule:
@@ -182,6 +186,7 @@ def quantize(
         dynamic_shapes=dynamic_shapes,
         share_across=share_across,
         fold_batch_norm=fold_batch_norm,
+        bias_correction=bias_correction,
     )
     total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(itertools.chain(first, remaining), desc="calibrate", unit="batch", total=total, disable=not progress)

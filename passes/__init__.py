@@ -27,6 +27,7 @@ What they look for in a graph:
 - ``naming``: what these are called.
 - ``arranging``: which rows of a weight meet which tokens.
 - ``input_nodes``: nodes on the values that meet weights.
+- ``bias_correction``: and those with which biases are corrected.
 
 The passes:
 

@@ -17,6 +17,7 @@ from fxmse.observers.inputs import Products
 from fxmse.ops import is_fake_quantize
 from fxmse.passes.arranging import find_arrangement
 from fxmse.passes.base import GraphPass
+from fxmse.passes.bias_correction import BiasedOp, insert_means
 from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.constants import describe
 from fxmse.passes.decompose_attention import DecomposeAttention
@@ -61,6 +62,8 @@ class InsertObservers(GraphPass):
     8. A dynamic value's probe observes nothing; it holds the place of the fake-quantize node to be.
     9. A weight whose observer asks for it (``imatrix_mse``, ``output_mse``) gets a node on the values that its op
        reads, which shows them to what is kept of them; weights that read the same values share it.
+    10. With ``bias_correction`` so does each op whose weight is quantized and whose bias can be corrected
+        (:func:`fxmse.passes.bias_correction.insert_means`).
 
     The observed graph computes what it computed before, bit for bit.
 
@@ -68,6 +71,7 @@ class InsertObservers(GraphPass):
         config: which modules get which scheme, as :func:`fxmse.config.resolve_config` takes it.
         share_across: ops, "cat" or "add", whose observed inputs and output share one observer where their arguments
             are equal, for runtimes that run them in one scale.
+        bias_correction: keep the means of inputs, with which biases are corrected once the probes are folded.
 
     Raises:
         ValueError: the config matches nothing; values that do not fit their formats (all are named); the graph is
@@ -76,6 +80,7 @@ class InsertObservers(GraphPass):
 
     config: Config
     share_across: tuple[str, ...] = ()
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for an op that cannot be shared across."""
@@ -104,6 +109,8 @@ class InsertObservers(GraphPass):
                 observation.reads.sort(key=lambda read: order[read.reader])
                 _insert(observation, probes)
             insert_input_nodes(_list_meetings(plan), order)
+            if self.bias_correction:
+                insert_means(graph_module, _list_biased(plan))
         finally:
             CloseRegions()(graph_module)
         graph_module.meta[CONFIG_KEY] = config
@@ -280,6 +287,14 @@ def _register_probe(observation: _Observation, probes: dict[str, Probe]) -> None
     container = make_container(observation.reads[0].graph_module, parent)
     if not hasattr(container, name):
         container.add_module(name, probe)
+
+
+def _list_biased(plan: list[_Observation]) -> Iterator[BiasedOp]:
+    """Rule 10."""
+    for observation in plan:
+        for read in observation.reads:
+            if read.weight:
+                yield BiasedOp(read.graph_module, read.operation, observation.target, observation.mask)
 
 
 def _list_meetings(plan: list[_Observation]) -> Iterator[Meeting]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ def save_pretrained(
         apply_quantization_config(prepared, _ignore_untouched(config, prepared, sites), show_progress=False)
     _check_untied(prepared, sites)
     _set_qparams(prepared, sites)
+    _set_biases(prepared, quantized, sites)
     compressor = ModelCompressor.from_pretrained_model(prepared)
     compressor.compress_model(prepared)
     _warn_of_dtype(prepared)
@@ -183,6 +184,15 @@ def _set_qparams(model: nn.Module, sites: Mapping[str, Mapping[str, Tensor | Non
             f"a compressed-tensors checkpoint has no place for {'; '.join(homeless)}: it holds values of Linear "
             "and attention modules. Leave these out of the config, or save the graph as a .pt2"
         )
+
+
+def _set_biases(model: nn.Module, quantized: GraphModule, sites: Iterable[str]) -> None:
+    """Gives quantized modules the graph's biases, which may be corrected ones."""
+    biases = dict(quantized.named_parameters(remove_duplicate=False))
+    for path in {site.rpartition(".")[0] for site in sites}:
+        module, bias = model.get_submodule(path), biases.get(f"{path}.bias")
+        if bias is not None and isinstance(getattr(module, "bias", None), nn.Parameter):
+            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
 
 def _warn_of_dtype(model: Any) -> None:
