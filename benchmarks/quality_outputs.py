@@ -4,7 +4,8 @@ The error of a Linear's outputs is the mean over tokens of |x (q - w)| ** 2, wit
 from their second moments H = sum of x x^T, which are all that is kept of them: trace((q - w)^T H (q - w)). Printed are
 errors over ``exact_mse``'s on held-out tokens, which no method has seen, and on those for calibration, and ms; cells
 are geometric means over Linears. ``GPTQ`` is llm-compressor's ``quantize_weight`` with its modifier's defaults (damping
-of 1 %, static activation order), on the same H, with scales that observers found.
+of 1 %, static activation order), on the same H, with scales that observers found. "Corrected" is of Linears that have a
+bias, to which E[x] (w - q) is added, by the mean of x on the tokens for calibration.
 
 A method is a function of a weight, the H of its inputs and the format, and gives the quantized weight. Linears that
 are no whole groups wide are left out, and so are SmolLM2's head and MiniLM's pooler, which sees first tokens alone.
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import minilm
 import smollm2
 import torch
+import torch.nn.functional as F
 from calibrate import Batches
 from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
 from compressed_tensors.quantization.lifecycle import fake_quantize
@@ -113,17 +115,18 @@ OUTPUT_METHODS: dict[str, Callable[[Tensor, Tensor, QuantizationArgs], Tensor]] 
 
 
 class Site(NamedTuple):
-    """A Linear."""
+    """A Linear; moments are sums of (x, 1) (x, 1)^T, float32, and so have the inputs' sum and number, too."""
 
     model: str
     name: str
     weight: Tensor
-    calibration: Tensor  # H, float32
+    has_bias: bool
+    calibration: Tensor
     held_out: Tensor
 
 
 class MomentSums:
-    """Adds up H of the inputs of Linears while a model runs; those that read the same value share one.
+    """Adds up moments of the inputs of Linears while a model runs; those that read the same value share one.
 
     Attributes:
         sums: by the Linear's name, float32.
@@ -141,13 +144,13 @@ class MomentSums:
         value = inputs[0]
         if value is not self._last_value:
             self._last_value, self._last_name = value, name
-            rows = value.flatten(0, -2) if self.mask is None else value[self.mask]
+            rows = F.pad(value.flatten(0, -2) if self.mask is None else value[self.mask], (0, 1), value=1.0)
             self.sums.setdefault(name, rows.new_zeros(rows.shape[-1], rows.shape[-1])).addmm_(rows.T, rows)
         self.sums[name] = self.sums[self._last_name]
 
 
 def sum_moments(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
-    """H of the inputs of each Linear by name; without tokens that a batch's ``attention_mask`` leaves out."""
+    """The moments of the inputs of each Linear by name; without tokens that a batch's ``attention_mask`` leaves out."""
     moments = MomentSums()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     hooks = [
@@ -178,29 +181,43 @@ def load_sites(options: argparse.Namespace) -> Iterator[Site]:
         model = load()
         seen_moments, unseen_moments = sum_moments(model, seen), sum_moments(model, unseen)
         for name, moments in seen_moments.items():
-            weight = model.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            yield Site(label, name, weight.detach(), moments, unseen_moments[name])
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            has_bias = linear.bias is not None
+            yield Site(label, name, linear.weight.detach(), has_bias, moments, unseen_moments[name])
 
 
-def find_error(quantized: Tensor, weight: Tensor, moments: Tensor) -> float:
-    """trace((q - w)^T H (q - w)), in float64."""
+def find_error(quantized: Tensor, weight: Tensor, moments: Tensor, mean: Tensor | None = None) -> float:
+    """trace((q - w)^T H (q - w)), in float64; with a bias that is corrected by the inputs' mean, if that is given."""
     error = quantized.double() - weight.double()
+    shift = error.new_zeros(len(error)) if mean is None else -(error @ mean.double())
+    error = torch.cat([error, shift[:, None]], 1)
     return ((error @ moments.double()) * error).sum().item()
 
 
 def compare_site(site: Site, args: QuantizationArgs, labels: list[str]) -> list[Row]:
     """One row for each method."""
-    rows = []
+    rows: list[Row] = []
     for label in labels:
         start = time.perf_counter()
-        quantized = OUTPUT_METHODS[label](site.weight, site.calibration, args)
+        quantized = OUTPUT_METHODS[label](site.weight, site.calibration[:-1, :-1].contiguous(), args)
         ms = (time.perf_counter() - start) * 1e3
         held_out, calibration = (find_error(quantized, site.weight, h) for h in (site.held_out, site.calibration))
-        rows.append({"observer": label, "held-out": held_out, "calibration": calibration, "ms": ms})
+        row: Row = {"observer": label, "held-out": held_out, "calibration": calibration, "ms": ms}
+        if site.has_bias:
+            mean = site.calibration[-1, :-1] / site.calibration[-1, -1]
+            row["corrected"] = find_error(quantized, site.weight, site.held_out, mean)
+        rows.append(row)
     baseline = next(row for row in rows if row["observer"] == BASELINE)
     return [
-        {**row, **{f"{kind} / exact_mse": row[kind] / baseline[kind] for kind in ("held-out", "calibration")}}
+        {
+            **row,
+            **{
+                f"{kind} / exact_mse": row[kind] / baseline[base]
+                for kind, base in (("held-out", "held-out"), ("calibration", "calibration"), ("corrected", "held-out"))
+                if kind in row
+            },
+        }
         for row in rows
     ]
 
@@ -223,5 +240,8 @@ def compare_outputs(options: argparse.Namespace) -> list[Row]:
     for value in ("held-out / exact_mse", "calibration / exact_mse"):
         print_pivot(rows, ("scheme", "model"), value, ".3f")
         print_pivot(rows, ("scheme",), value, ".3f")
+    corrected = [row for row in rows if "corrected" in row]
+    if corrected:
+        print_pivot(corrected, ("scheme", "model"), "corrected / exact_mse", ".3f")
     print_pivot(rows, ("scheme", "model"), "ms", ".1f")
     return rows

@@ -135,6 +135,12 @@ def _make_parser() -> argparse.ArgumentParser:
         help=".safetensors or .pt of batches; for a folder's model also .txt or .jsonl of texts, or a folder of "
         "images. A scheme of weights alone needs none",
     )
+    command.add_argument(
+        "--bias-correction",
+        action="store_true",
+        help="have the biases of layers make up for what the quantization of weights moves the means of outputs by; "
+        "needs --data",
+    )
     command.add_argument("--out", type=Path, required=True, help="a .pt2, or a folder: a compressed-tensors checkpoint")
     command.add_argument(
         "--batch-size", type=_positive, metavar="N", help="samples a batch (default: 8, or what a .pt2 is for)"
@@ -199,7 +205,7 @@ def _quantize(options: argparse.Namespace) -> None:
     batches = _read_batches(options, source)
     example = batches[0] if batches else _move(source.make_example(), options.device)
     with _name_data(options):
-        observed = prepare(source.module, config, example)
+        observed = prepare(source.module, config, example, bias_correction=options.bias_correction)
         _check_output(options, observed, source)
         quantized = convert(calibrate(observed, batches))
         sites = _report(quantized, options.report, (batches or [example])[:_REPORTED_BATCHES])
@@ -282,6 +288,8 @@ def _check_paths(options: argparse.Namespace) -> None:
         check_apart(options.out, options.model)
     else:
         check_replaceable(options.out, options.model)
+    if options.bias_correction and options.data is None:
+        raise ValueError("--bias-correction needs the means of inputs: give --data")
     options.before = _identify(options.out)
 
 

@@ -39,6 +39,7 @@ def prepare(
     share_across: tuple[str, ...] = (),
     fold_batch_norm: bool = False,
     moe_calibrate_all_experts: bool = True,
+    bias_correction: bool = False,
 ) -> GraphModule:
     """A graph of ``model`` with observers on the values that ``config`` wants quantized.
 
@@ -54,6 +55,8 @@ def prepare(
         moe_calibrate_all_experts: show observers of what experts read all tokens at all experts, as llm-compressor
             does; outputs stay those of the experts that were chosen. Costs running all experts in each batch, where
             anything is observed there.
+        bias_correction: have :func:`convert` add E[x] (w - q(w)) to the bias of each layer whose weight w is quantized,
+            x its inputs: so quantized weights do not move the means of outputs. Needs data; layers without a bias stay.
 
     Returns:
         The observed graph. It gives the same outputs as the model (with folded norms up to rounding), and observes
@@ -66,7 +69,7 @@ def prepare(
     observed = capture(model, example_inputs, dynamic_shapes)
     if fold_batch_norm:
         FoldBatchNorm()(observed)
-    InsertObservers(config, share_across, moe_calibrate_all_experts)(observed)
+    InsertObservers(config, share_across, moe_calibrate_all_experts, bias_correction)(observed)
     return observed
 
 
@@ -200,6 +203,7 @@ def quantize(
     share_across: tuple[str, ...] = (),
     fold_batch_norm: bool = False,
     moe_calibrate_all_experts: bool = True,
+    bias_correction: bool = False,
     compile: bool = False,
     progress: bool = True,
 ) -> GraphModule:
@@ -215,5 +219,6 @@ def quantize(
         share_across=share_across,
         fold_batch_norm=fold_batch_norm,
         moe_calibrate_all_experts=moe_calibrate_all_experts,
+        bias_correction=bias_correction,
     )
     return convert(calibrate(observed, peeked, compile=compile, progress=progress), progress=progress)

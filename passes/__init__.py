@@ -31,6 +31,7 @@ What they look for in a graph:
 - ``arranging``: which rows of a weight meet which tokens.
 - ``input_nodes``: nodes on the values that meet weights.
 - ``all_experts``: observers see the tokens of all experts.
+- ``bias_correction``: and those with which biases are corrected.
 
 The passes:
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxmse.capture.attributes import find_owner, get_attribute, list_graphs, make_container
+from fxmse.capture.attributes import find_owner, get_attribute, list_graphs, replace_parameter
 from fxmse.passes.base import GraphPass
 from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.functionalize_modules import FunctionalizeModules, has_plain_call
@@ -336,12 +336,8 @@ def _find_free_name(holders: list[GraphModule], weight: str) -> str:
 def _set_parameter(holders: list[GraphModule], target: str, value: Tensor, old: Tensor) -> None:
     """Has graphs hold one new parameter in place of whatever they called so."""
     parameter = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
-    path, _, name = target.rpartition(".")
     for graph in holders:
-        container = make_container(graph, path)
-        if hasattr(container, name):
-            delattr(container, name)
-        container.register_parameter(name, parameter)
+        replace_parameter(graph, target, parameter)
 
 
 def _erase(layer: Node, norm: Node) -> None:

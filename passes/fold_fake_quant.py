@@ -8,10 +8,12 @@ from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import find_owner, make_container
 from fxmse.observers.base import QPARAMS
+from fxmse.observers.inputs import Mean
 from fxmse.observers.states import hold
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE
 from fxmse.passes.all_experts import remove_all_experts
 from fxmse.passes.base import GraphPass
+from fxmse.passes.bias_correction import correct_biases
 from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.finishing import finish_weights
 from fxmse.passes.probe import Probe, find_inputs, find_probes
@@ -38,6 +40,8 @@ class FoldFakeQuant(GraphPass):
     4. The probes are removed, and nothing of them is left in the state dict.
     5. A graph without probes is left alone.
     6. In branches and loops it is the same. They get qparams and quantized weights as operands (:class:`CloseRegions`).
+    7. A bias for which the mean of its layer's inputs was kept is corrected
+       (:func:`fxmse.passes.bias_correction.correct_biases`): a new parameter of the graph, under the old name.
 
     Raises:
         ValueError: an observer has seen nothing, or NaN or Inf; all such sites are named and nothing is changed.
@@ -46,13 +50,15 @@ class FoldFakeQuant(GraphPass):
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Applies the rules."""
         probes = list(find_probes(graph_module))
+        all_inputs = list(find_inputs(graph_module))
+        means = [(node, inputs) for node, inputs in all_inputs if isinstance(inputs, Mean)]
         unseen = [probe.name for _, probe in probes if not probe.has_statistics and not probe.is_weight]
+        unseen += [str(node.target) for node, mean in means if not mean.has_seen]
         if unseen:
             raise ValueError(
                 f"nothing was seen by {'; '.join(dict.fromkeys(unseen))}: run calibration data through the observed "
                 "graph first (fxmse.calibrate)"
             )
-        all_inputs = list(find_inputs(graph_module))
         with hold([*(probe.lock for _, probe in probes), *(inputs.lock for _, inputs in all_inputs)]):
             finish_weights(graph_module)  # rule 1
             qparams = {
@@ -65,8 +71,8 @@ class FoldFakeQuant(GraphPass):
         for node, _ in all_inputs:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             node.graph.erase_node(node)
-        for node, probe in probes:
-            _replace(find_owner(node), node, probe, qparams[probe])
+        folded = {str(node.target): _replace(find_owner(node), node, probe, qparams[probe]) for node, probe in probes}
+        correct_biases(means, folded)  # rule 7
         for owner, target in observers:  # rule 4
             owner.delete_submodule(target)
         remove_all_experts(graph_module)
@@ -88,8 +94,8 @@ def _get_qparams(probe: Probe) -> dict[str, Tensor | None]:
     return qparams
 
 
-def _replace(graph_module: GraphModule, node: Node, probe: Probe, qparams: dict[str, Tensor | None]) -> None:
-    """Rules 2 and 3."""
+def _replace(graph_module: GraphModule, node: Node, probe: Probe, qparams: dict[str, Tensor | None]) -> Node:
+    """Rules 2 and 3; the fake-quantize node."""
     graph, site = graph_module.graph, probe.sites[0]
     args = site.args
     container = make_container(graph_module, site.module)
@@ -121,3 +127,4 @@ def _replace(graph_module: GraphModule, node: Node, probe: Probe, qparams: dict[
     folded.meta = {**node.meta, SITES_KEY: tuple(site.name for site in probe.sites)}
     node.replace_all_uses_with(folded)
     graph.erase_node(node)
+    return folded

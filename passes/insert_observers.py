@@ -18,6 +18,7 @@ from fxmse.ops import is_fake_quantize
 from fxmse.passes.all_experts import show_all_experts
 from fxmse.passes.arranging import find_arrangement
 from fxmse.passes.base import GraphPass
+from fxmse.passes.bias_correction import BiasedOp, insert_means
 from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.constants import describe
 from fxmse.passes.decompose_attention import DecomposeAttention
@@ -64,6 +65,8 @@ class InsertObservers(GraphPass):
     9. A weight whose observer asks for it (``imatrix_mse``, ``output_mse``) gets a node on the values that its op
        reads, which shows them to what is kept of them; weights that read the same values share it.
     10. What experts read is observed of all tokens at all experts (:func:`fxmse.passes.all_experts.show_all_experts`).
+    11. With ``bias_correction`` each op whose weight is quantized and whose bias can be corrected gets such a node
+        (:func:`fxmse.passes.bias_correction.insert_means`).
 
     The observed graph computes what it computed before, bit for bit. It loads no state of another calibration
     (:mod:`fxmse.passes.loading`).
@@ -73,6 +76,7 @@ class InsertObservers(GraphPass):
         share_across: ops, "cat" or "add", whose observed inputs and output share one observer where their arguments
             are equal, for runtimes that run them in one scale.
         moe_calibrate_all_experts: rule 10; False observes each expert with the tokens that its router chooses for it.
+        bias_correction: keep the means of inputs, with which biases are corrected once the probes are folded.
 
     Raises:
         ValueError: the config matches nothing; values that do not fit their formats (all are named); the graph is
@@ -82,6 +86,7 @@ class InsertObservers(GraphPass):
     config: Config
     share_across: tuple[str, ...] = ()
     moe_calibrate_all_experts: bool = True
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for an op that cannot be shared across."""
@@ -112,6 +117,8 @@ class InsertObservers(GraphPass):
             insert_input_nodes(_list_meetings(plan), order)
             if self.moe_calibrate_all_experts:
                 show_all_experts(read.operation for observation in plan for read in observation.reads)
+            if self.bias_correction:
+                insert_means(graph_module, _list_biased(plan))
         finally:
             CloseRegions()(graph_module)
         register_check(graph_module)
@@ -290,6 +297,14 @@ def _register_probe(observation: _Observation, probes: dict[str, Probe]) -> None
     container = make_container(observation.reads[0].graph_module, parent)
     if not hasattr(container, name):
         container.add_module(name, probe)
+
+
+def _list_biased(plan: list[_Observation]) -> Iterator[BiasedOp]:
+    """Rule 10."""
+    for observation in plan:
+        for read in observation.reads:
+            if read.weight:
+                yield BiasedOp(read.graph_module, read.operation, observation.target, observation.mask)
 
 
 def _list_meetings(plan: list[_Observation]) -> Iterator[Meeting]:

@@ -87,6 +87,7 @@ class Operation:
         operands: the activations that it reads; none for an embedding, which reads indices.
         is_meant_by_name: whether a target means it by its function's name alone, not by that of the module around it:
             one of the matrix products that attention is written out in, or the addition of a shortcut.
+        bias: the argument that is added to the output's channels, of an op that has one.
     """
 
     node: Node
@@ -97,6 +98,7 @@ class Operation:
     weight: Weight | None
     operands: tuple[Operand, ...]
     is_meant_by_name: bool = False
+    bias: Argument | None = None
 
     @property
     def is_attention(self) -> bool:

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from fxmse.capture.attributes import find_place, find_regions, get_attribute
 from fxmse.config import CONFIG_KEY
-from fxmse.observers.inputs import Inputs
+from fxmse.observers.inputs import Inputs, Mean
 from fxmse.passes.constants import find_sources
-from fxmse.passes.probe import Probe, find_called
+from fxmse.passes.probe import Probe, find_called, find_inputs
 from fxmse.passes.trimming import find_sources_of_activations, return_as_written
 from fxmse.passes.versions import Versions
 
@@ -64,7 +64,7 @@ def cut(graph_module: GraphModule, max_bytes: int, together: Iterable[Collection
 
     1. What follows from parameters alone belongs to every part that reads it: weights, views of them, their probes.
     2. Nothing is cut between two nodes that have to know of each other before either is folded: those of one observer
-       of activations, an input-aware weight and what looks at its inputs, weights that share a global scale, and
+       of activations, a weight and what looks at its inputs, weights that share a global scale, and
        what writes a value in place and what reads it; nor between readers of parameters that belong together.
     3. The cuts are those over which the fewest bytes of activations pass, with no part's weights above ``max_bytes``
        where that can be.
@@ -83,6 +83,7 @@ class _Cutter:
     def __init__(self, graph_module: GraphModule, together: Iterable[Collection[nn.Parameter]]) -> None:
         self.graph_module = graph_module
         self.together = {find_place(p): number for number, group in enumerate(together) for p in group}
+        self.corrected = {i.weight for _, i in find_inputs(graph_module) if isinstance(i, Mean)}
         self.needed = find_sources_of_activations(graph_module)
         versions = Versions(graph_module)
         nodes = [node for node in graph_module.graph.nodes if node.op != "output"]
@@ -142,6 +143,8 @@ class _Cutter:
         """What is equal for nodes that have to be in one part."""
         for called in (node, *self.constants[node]):
             yield from _list_ties(find_called(self.graph_module, called))
+            if called.target in self.corrected:
+                yield called.target
         for place in self._list_attributes(node):
             if place in self.together:
                 yield "together", self.together[place]
@@ -239,6 +242,8 @@ def _find_free(graph_module: GraphModule, versions: Versions) -> set[Node]:
 
 def _list_ties(called: nn.Module | None) -> Iterator[object]:
     """Rule 2, of a probe or inputs that a node calls."""
+    if isinstance(called, Mean):
+        yield called.weight
     if isinstance(called, Inputs):
         yield called
     if not isinstance(called, Probe):

@@ -35,19 +35,22 @@ class _Signature:
     input: Argument | None
     layout: str = "rows"
     groups: Argument | None = None
+    bias: Argument | None = None
 
 
-_INPUT = Argument(0, "input")
-_LINEAR = _Signature("Linear", Argument(1, "weight"), _INPUT)
+_INPUT, _BIAS = Argument(0, "input"), Argument(2, "bias")
+_LINEAR = _Signature("Linear", Argument(1, "weight"), _INPUT, bias=_BIAS)
 
 
 def _convolution(dimensions: int) -> _Signature:
-    return _Signature(f"Conv{dimensions}d", Argument(1, "weight"), _INPUT, "convolution")
+    return _Signature(f"Conv{dimensions}d", Argument(1, "weight"), _INPUT, "convolution", bias=_BIAS)
 
 
 def _transposed_convolution(dimensions: int) -> _Signature:
     groups = Argument(6, "groups")
-    return _Signature(f"ConvTranspose{dimensions}d", Argument(1, "weight"), _INPUT, "transposed_convolution", groups)
+    return _Signature(
+        f"ConvTranspose{dimensions}d", Argument(1, "weight"), _INPUT, "transposed_convolution", groups, _BIAS
+    )
 
 
 _WITH_WEIGHT: dict[Callable[..., Any], _Signature] = {
@@ -79,7 +82,7 @@ _UNSQUEEZES = (torch.unsqueeze, aten.unsqueeze.default, "unsqueeze")
 _MATMUL = _Signature("matmul", Argument(1, "other"), _INPUT, "columns")
 _MM = _Signature("mm", Argument(1, "mat2"), _INPUT, "columns")
 _BMM = _Signature("bmm", Argument(1, "mat2"), _INPUT, "columns")
-_ADDMM = _Signature("addmm", Argument(2, "mat2"), Argument(1, "mat1"), "columns")
+_ADDMM = _Signature("addmm", Argument(2, "mat2"), Argument(1, "mat1"), "columns", bias=_INPUT)
 _BADDBMM = _Signature("baddbmm", Argument(2, "batch2"), Argument(1, "batch1"), "columns")
 _GROUPED_MM = _Signature("grouped_mm", Argument(1, "mat2"), Argument(0, "self"), "columns")
 # By its name, since it is there only once transformers is imported, which registers it for devices without grouped_mm.
@@ -178,7 +181,7 @@ def _make_weighted(graph_module: GraphModule, versions: Versions, node: Node, si
     if signature.input:
         is_channels_last = signature.layout in ("rows", "columns")
         operands = (Operand("input", node, signature.input, is_channels_last=is_channels_last),)
-    return Operation(node, signature.class_name, path, module, True, weight, operands)
+    return Operation(node, signature.class_name, path, module, True, weight, operands, bias=signature.bias)
 
 
 def _make_product(graph_module: GraphModule, versions: Versions, node: Node, signature: _Signature) -> Operation:
@@ -189,7 +192,7 @@ def _make_product(graph_module: GraphModule, versions: Versions, node: Node, sig
     swapped = replace(signature, class_name="Linear", weight=signature.input, input=signature.weight, layout="rows")
     if _is_parameter(graph_module, node, swapped):
         operation = _make_weighted(graph_module, versions, node, swapped)
-        return replace(operation, operands=(_look_through_column(signature.weight, node),))
+        return replace(operation, operands=(_look_through_column(signature.weight, node),), bias=None)
     path, module = find_module(graph_module, node, signature.class_name)
     # There may be many in a module, so each is told by its node's name.
     operands = (

@@ -182,6 +182,27 @@ def test_scales_below_zero_are_stored(checkpoints):
     assert 0.2 < (scales < 0).float().mean() < 0.8
 
 
+def test_corrected_biases_are_stored_and_read_back(tmp_path):
+    model = ARCHITECTURES["Qwen2"].make_model().eval()
+    batches = [ARCHITECTURES["Qwen2"].make_inputs(2, seed) for seed in (1, 2)]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    scheme = preset_name_to_scheme("W4A16", ["Linear"])
+    scheme.weights.group_size = 32
+    config = QuantizationConfig(config_groups={"group": scheme}, ignore=["lm_head"])
+    quantized = fxmse.quantize(model, config, batches, bias_correction=True, progress=False)
+    fxmse.save_pretrained(quantized, model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    biases = {name: tensor for name, tensor in quantized.state_dict().items() if name.endswith("_proj.bias")}
+    assert len(biases) == 3 * model.config.num_hidden_layers
+    for name, bias in biases.items():
+        assert torch.equal(stored[name], bias), name
+        assert not torch.equal(bias, before[name]), name
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    observed = fxmse.prepare(model, tmp_path / "out" / "config.json", batches[0])
+    again = fxmse.convert(fxmse.load_qparams(observed, tmp_path / "out"))
+    assert torch.equal(again(**batches[1])[0], quantized(**batches[1])[0])
+
+
 def test_the_float_model_is_not_changed(llama, checkpoints):
     model, _ = llama[torch.float32]
     assert not any("scale" in name for name, _ in model.named_parameters())

@@ -110,6 +110,19 @@ def test_weights_get_the_observer_that_is_asked_for(folder, tmp_path, observer, 
         assert torch.equal(state[name], tensor), name
 
 
+def test_biases_are_corrected_where_that_is_asked_for(folder, tmp_path):
+    out = tmp_path / "out.pt2"
+    arguments = ["quantize", folder / "mlp.pt2", "--scheme", "NVFP4A16", "--out", out, "--bias-correction"]
+    assert run(*arguments, "--data", folder / "batches.pt") == 0
+    program, batches = load_program(folder / "mlp.pt2")[0], torch.load(folder / "batches.pt")
+    quantized = fxmse.quantize(program, "NVFP4A16", batches, bias_correction=True, progress=False)
+    biases = {name: tensor for name, tensor in quantized.state_dict().items() if name.endswith("bias")}
+    assert biases
+    for name, bias in biases.items():
+        assert torch.equal(load_program(out)[0].state_dict[name], bias)
+        assert not torch.equal(program.state_dict[name], bias)
+
+
 def test_an_observer_that_is_not_known_is_named(folder, tmp_path, capsys):
     arguments = ["quantize", folder / "mlp.pt2", "--scheme", "NVFP4A16", "--out", tmp_path / "out.pt2"]
     assert run(*arguments, "--observer", "best") == 1
@@ -215,6 +228,7 @@ def test_inputs_that_a_folders_model_does_not_have_are_named(folder, tmp_path, c
         (["{folder}/llama", "--scheme", "FP8", "--out", "{folder}/texts.txt"], r"is a file: expected a folder"),
         (["{folder}/llama", "--scheme", "FP8", "--out", "{out}", "--decompose"], r"--decompose is for a .pt2"),
         (["{folder}/llama", "--scheme", "FP8", "--out", "{folder}/llama"], r"llama exists and holds no quantized"),
+        (["{folder}/mlp.pt2", "--scheme", "W4A16", "--out", "{out}.pt2", "--bias-correction"], r"give --data"),
         (["{folder}", "--scheme", "FP8", "--out", "{out}"], r"expected a .pt2, or a folder with a config.json"),
         (["{folder}/texts.txt", "--scheme", "FP8", "--out", "{out}"], r"expected a .pt2, or a folder"),
         (

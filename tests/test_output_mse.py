@@ -189,6 +189,43 @@ def test_the_error_is_below_those_of_other_searches_and_falls_with_sweeps(scheme
         assert measure() == by_sweeps[-1]
 
 
+SHAPES = {
+    "many tokens": lambda x: x,
+    "one token": lambda x: x[:1],
+    "fewer tokens than channels": lambda x: x[:20],
+    "equal channels": lambda x: x[:, :1].expand(-1, 96) + 1e-3 * x,
+    "dead channels": lambda x: x * (torch.arange(96) % 3 > 0),
+    "one large channel": lambda x: x * torch.where(torch.arange(96) == 40, 1e3, 1.0),
+    "alternating signs": lambda x: x[:, :1] * (torch.arange(96) % 2 * 2.0 - 1) + 0.1 * x,
+}
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "scheme", ["int4_g32", "int4_asym_g32", "int3_g16", "int4_channel", "fp4_g16", "mxfp4", "nvfp4"]
+)
+def test_no_row_is_worse_than_with_scales_that_are_best_alone(scheme, damping):
+    args = ALL_ARGS[scheme]
+    for (kind, change), distribution in itertools.product(SHAPES.items(), DISTRIBUTIONS):
+        weight, x = make_weight(distribution), change(make_activations())
+        products = average(x, damping)
+
+        def measure(name="output_mse", weight=weight, x=x, products=products, **kwargs):
+            errors = quantize(weight, observe(weight, args, x, name, **kwargs), args).double() - weight.double()
+            return ((errors @ products) * errors).sum(1), errors.square() @ products.diagonal()
+
+        found, size = measure(damping=damping)
+        alone = [measure(damping=damping, max_sweeps=0)]
+        if args.strategy != "tensor_group":  # whose global scale is another one
+            alone.append(measure("exact_mse"))
+            # Beside damping it has another diagonal.
+            alone += [] if damping else [measure("exact_mse", importance=True)]
+        # Where errors make up for each other what is left is rounding; where there are none scales are off by an ulp.
+        rounding = 1e-6 * size + 1e-12 * (weight.double().square() @ products.diagonal())
+        for expected, _ in alone:
+            assert (found <= ROUNDING * expected + rounding).all(), (kind, distribution)
+
+
 def descend(weight, args, products, global_scale, num_restarts):
     """The errors of descents from random candidates, in float64: those around each group's best, or all of e4m3."""
     size, (rows, channels) = args.group_size, weight.shape

@@ -14,6 +14,7 @@ __all__ = [
     "get_attribute",
     "list_graphs",
     "make_container",
+    "replace_parameter",
 ]
 
 
@@ -54,6 +55,15 @@ def copy_attribute(source: GraphModule, target: str, graph_module: GraphModule) 
         container.register_buffer(name, value, persistent=is_persistent)
     else:
         setattr(container, name, value)
+
+
+def replace_parameter(graph_module: GraphModule, target: str, parameter: nn.Parameter) -> None:
+    """Has a graph hold a parameter in place of what it calls so, if anything."""
+    path, _, name = target.rpartition(".")
+    container = make_container(graph_module, path)
+    if hasattr(container, name):
+        delattr(container, name)
+    container.register_parameter(name, parameter)
 
 
 def find_regions(graph_module: GraphModule, node: Node) -> Iterator[GraphModule]:

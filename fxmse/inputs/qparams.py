@@ -12,6 +12,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxmse.capture.attributes import replace_parameter
 from fxmse.capture.front_ends import check_graph
 from fxmse.inputs.folders import list_weight_files, load_safetensors
 from fxmse.observers.base import QPARAMS
@@ -29,7 +30,7 @@ def load_qparams(observed: GraphModule, path: str | os.PathLike[str]) -> GraphMo
     """Takes the qparams of a compressed-tensors checkpoint in place of a calibration.
 
     So a checkpoint is a plain PyTorch graph: ``prepare`` the float model with the checkpoint's config.json, load, and
-    ``convert``.
+    ``convert``. Quantized layers get its biases, too, which may be corrected ones.
 
     Args:
         observed: a graph from ``fxmse.prepare``, observers on the values that the checkpoint quantizes; its observers
@@ -54,7 +55,8 @@ def load_qparams(observed: GraphModule, path: str | os.PathLike[str]) -> GraphMo
             f"{path} has {reordered[0]}: its columns are in groups of another order (actorder=group), which is not "
             "implemented"
         )
-    qparams = _decompress(tensors, _list_schemes(probes))
+    schemes = _list_schemes(probes)
+    qparams = _decompress(tensors, schemes)
     weights = find_weights(observed)
     problems, given = [], {}
     for probe in probes:
@@ -71,6 +73,11 @@ def load_qparams(observed: GraphModule, path: str | os.PathLike[str]) -> GraphMo
         raise ValueError(f"{path} does not fit the graph: {'; '.join(problems)}")
     for probe, found in given.items():
         probe.given = found
+    parameters = dict(observed.named_parameters(remove_duplicate=False))
+    for name in (f"{module}.bias" for module in schemes):
+        if name in tensors and name in parameters and tensors[name].shape == parameters[name].shape:
+            bias = tensors[name].to(parameters[name])
+            replace_parameter(observed, name, nn.Parameter(bias, requires_grad=parameters[name].requires_grad))
     return observed
 
 

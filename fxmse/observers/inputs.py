@@ -15,6 +15,8 @@ __all__ = [
     "ImportanceState",
     "InputState",
     "Inputs",
+    "Mean",
+    "MeanState",
     "Products",
     "ProductsState",
 ]
@@ -37,6 +39,23 @@ class ImportanceState(NamedTuple):
         return [tensor for tensor in self if tensor is not None]
 
 
+class MeanState(NamedTuple):
+    """What a :class:`Mean` keeps; None before the first value.
+
+    Attributes:
+        totals: of each channel, float64, shape (matrices, channels).
+        num_tokens: float64, no dimension.
+    """
+
+    totals: Tensor | None = None
+    num_tokens: Tensor | None = None
+
+    @property
+    def witnesses(self) -> list[Tensor]:
+        """Float tensors, one of which is not finite if a value was not."""
+        return [] if self.totals is None else [self.totals]
+
+
 class ProductsState(NamedTuple):
     """What :class:`Products` keep; None before the first value.
 
@@ -57,7 +76,7 @@ class ProductsState(NamedTuple):
         return [self.products.diagonal(dim1=-2, dim2=-1)]
 
 
-InputState: TypeAlias = ImportanceState | ProductsState
+InputState: TypeAlias = ImportanceState | MeanState | ProductsState
 
 
 class Inputs(Stateful[Any]):
@@ -174,6 +193,54 @@ class Importance(Inputs):
         """Why a weight of so many channels cannot be searched with what was seen."""
         mean = self.mean()
         return _UNSEEN if mean is None else _find_fault(mean, len(mean), num_channels)
+
+
+class Mean(Inputs):
+    """Adds up x of each channel, by which a bias makes up for what quantization moves the mean of an output by.
+
+    Args:
+        bias: where the graph has the bias.
+        weight: where it has the probe of the weight that the values meet.
+        arrangement: of a convolution's rows, which meet patches.
+    """
+
+    state_class = MeanState
+    suffix = "input_mean"
+    totals: Tensor | None
+
+    def __init__(self, bias: str, weight: str, arrangement: Patches | None) -> None:
+        super().__init__()
+        self.bias, self.weight, self.arrangement = bias, weight, arrangement
+
+    def _sum_up(self, x: Tensor, mask: Tensor | None, numbers: Tensor | None) -> Any:
+        """As :meth:`Inputs._sum_up`; what a convolution reads has no mask."""
+        if self.arrangement is None:
+            return super()._sum_up(x, mask, numbers)
+        patches = self.arrangement.arrange(x)
+        num_tokens = patches.new_ones((), dtype=torch.float64) * patches.shape[1]
+        return MeanState(patches.double().sum(1), num_tokens)
+
+    def _add_up(self, tokens: Tensor) -> Tensor:
+        return tokens.double().sum(0)[None]
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether there were any tokens."""
+        return self.totals is not None and bool(self.num_tokens)
+
+    def correct(self, bias: Tensor, rows: Tensor, quantized: Tensor) -> Tensor:
+        """The bias with which the mean of the output is what it was: b + E[x] (w - q(w)), computed in float64.
+
+        Args:
+            bias: shape (out,).
+            rows: the weight, shape (out, channels).
+            quantized: what it becomes, of the same shape.
+        """
+        assert self.totals is not None
+        assert self.num_tokens is not None
+        mean = (self.totals / self.num_tokens).to(rows.device)
+        change = (rows.double() - quantized.double()).unflatten(0, (len(mean), -1))
+        return (bias.double() + (change @ mean[:, :, None]).flatten()).to(bias.dtype)
 
 
 class Products(Inputs):

@@ -46,6 +46,7 @@ __all__ = [
     "keep_others",
     "link",
     "prepare_model",
+    "read_biases",
     "read_sites",
     "save_pretrained",
     "warn_of_dtype",
@@ -109,10 +110,7 @@ def save_pretrained(
     if not sites or config is None:
         raise ValueError("the graph has no fake-quantize nodes that fxmse folded: make it with fxmse.convert")
     prepared, sites, ignored = prepare_model(_share_parameters(model), config, sites, blocks)
-    for module, own in find_homes(prepared, sites).items():
-        for name, value in own.items():
-            parameter = prepared.get_submodule(module).get_parameter(name)
-            parameter.data = value.to(parameter.device)
+    _set_values(prepared, quantized, sites)
     compressor = ModelCompressor.from_pretrained_model(prepared)
     if compressor.quantization_config:
         # It lists modules, and experts that stay in float are none.
@@ -131,6 +129,18 @@ def save_pretrained(
             (folder / name).write_text(content)
         if os.path.exists(path):
             keep_others(Path(path), folder)
+
+
+def _set_values(prepared: nn.Module, quantized: GraphModule, sites: Sites) -> None:
+    """Gives a prepared model the qparams and the biases of a folded graph."""
+    for path, own in find_homes(prepared, sites).items():
+        for name, value in own.items():
+            parameter = prepared.get_submodule(path).get_parameter(name)
+            parameter.data = value.to(parameter.device)
+    for name, bias in read_biases(quantized, sites).items():
+        module = prepared.get_submodule(name.rpartition(".")[0])
+        if isinstance(getattr(module, "bias", None), nn.Parameter):
+            module.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def check_saveable(observed: GraphModule, model: nn.Module) -> None:
@@ -360,6 +370,13 @@ def find_homes(model: nn.Module, sites: Sites) -> dict[str, dict[str, Tensor]]:
                 )
             homes[path][f"{role}_{kind}"] = value
     return homes
+
+
+def read_biases(quantized: GraphModule, sites: Iterable[str]) -> dict[str, Tensor]:
+    """The biases of a folded graph's quantized modules, which may be corrected ones, by their names."""
+    biases = dict(quantized.named_parameters(remove_duplicate=False))
+    names = {f"{site.rpartition('.')[0]}.bias" for site in sites}
+    return {name: biases[name].detach() for name in sorted(names & biases.keys())}
 
 
 def warn_of_dtype(model: Any) -> None:

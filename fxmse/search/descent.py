@@ -3,6 +3,7 @@
 Shape suffixes as in :mod:`fxmse.search.output_optimum`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,32 +42,48 @@ def descend(
     problem: OptimumProblem,
     values_NOQG: Tensor,
     columns: list[Column],
-    index_NQ: Tensor,
+    starts: Iterable[Tensor],
     products_MBB: Tensor,
     is_compiled: bool,
     max_sweeps: int,
 ) -> Tensor:
     """The candidates of all groups after so many sweeps, or when no group finds a better one.
 
+    Each row begins with the start that is best for it, so that it ends above none of them.
+
     Args:
         problem: the format.
         values_NOQG: float32.
         columns: the candidates of each of N groups.
-        index_NQ: those that are chosen so far.
+        starts: which candidates may be chosen first, [N, Q] each.
         products_MBB: H; B is a multiple of G, and there are channels for N groups.
         is_compiled: whether to compile what a group does.
         max_sweeps: how often all groups are gone through.
     """
-    changes = [
-        list_changes(problem, values[:, :, None], column.candidates.take(index))[:, 0, :, 0]
-        for values, column, index in zip(values_NOQG, columns, index_NQ, strict=True)
-    ]
     num_blocks, block = products_MBB.shape[:2]
-    by_row = torch.cat([change.flatten(0, 1) for change in changes], 1)
-    by_row = torch.nn.functional.pad(by_row, (0, num_blocks * block - by_row.shape[1]))
-    through_MRB = by_row.unflatten(1, (num_blocks, block)).transpose(0, 1) @ products_MBB
-    changes_NOQG = torch.stack(changes)
-    rows = _Rows(problem, values_NOQG, columns, products_MBB, is_compiled, index_NQ, changes_NOQG, through_MRB)
+
+    def begin(index_NQ: Tensor) -> tuple[_Rows, Tensor]:
+        """Rows at a start, and the errors that they have there, [Q]."""
+        changes = [
+            list_changes(problem, values[:, :, None], column.candidates.take(index))[:, 0, :, 0]
+            for values, column, index in zip(values_NOQG, columns, index_NQ, strict=True)
+        ]
+        by_row = torch.cat([change.flatten(0, 1) for change in changes], 1)
+        by_row = torch.nn.functional.pad(by_row, (0, num_blocks * block - by_row.shape[1]))
+        by_row_MRB = by_row.unflatten(1, (num_blocks, block)).transpose(0, 1)
+        through_MRB = by_row_MRB @ products_MBB
+        errors_MR = (by_row_MRB * through_MRB).sum(2, dtype=torch.float64)
+        tensors = (index_NQ, torch.stack(changes), through_MRB)
+        errors_Q = errors_MR.sum(0).unflatten(0, (values_NOQG.shape[1], -1)).sum(0)
+        return _Rows(problem, values_NOQG, columns, products_MBB, is_compiled, *tensors), errors_Q
+
+    first, *others = starts
+    rows, errors_Q = begin(first)
+    for index_NQ in others:
+        other, other_errors_Q = begin(index_NQ)
+        is_less_Q = other_errors_Q < errors_Q
+        errors_Q = torch.where(is_less_Q, other_errors_Q, errors_Q)
+        rows.replace(is_less_Q, other)
     rows.descend(max_sweeps)
     return rows.index_NQ
 
@@ -89,6 +106,15 @@ class _Rows:
     index_NQ: Tensor
     changes_NOQG: Tensor
     through_MRB: Tensor
+
+    def replace(self, is_other_Q: Tensor, other: "_Rows") -> None:
+        """Takes some rows as they are elsewhere."""
+        rows_Q = is_other_Q.nonzero()[:, 0]
+        height = self.changes_NOQG.shape[1]
+        self.index_NQ[:, rows_Q] = other.index_NQ[:, rows_Q]
+        self.changes_NOQG[:, :, rows_Q] = other.changes_NOQG[:, :, rows_Q]
+        own, others = (rows.through_MRB.unflatten(1, (height, -1)) for rows in (self, other))
+        own[:, :, rows_Q] = others[:, :, rows_Q]
 
     def descend(self, max_sweeps: int) -> None:
         """Goes on until no group finds a better candidate."""

@@ -8,7 +8,8 @@ That is coordinate descent. Each group has a table of candidates around what is 
 and of each the error by the group's own block of H: the only part that needs a product of matrices for each candidate.
 Given the errors of all other groups, a candidate's error is that of the table and a dot product more. So each group
 first gets the best of its table (the block form), and then all are gone through, one after the other, in sweeps, until
-none finds anything better. The error never rises, but by rounding.
+none finds anything better. The error never rises, but by rounding. A row for which that is better begins with what is
+best for each group alone, by the diagonal of H or by the error of the weight: it ends above none of the three.
 
 What decides how far this comes is how many different roundings a group can choose from, more than how good each is by
 itself: candidates are spread evenly, and many.
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout, enlarge
-from fxmse.formats.scales import calculate_exact_scale, calculate_range_of_scale
+from fxmse.formats.scales import calculate_exact_scale, calculate_range_of_scale, store_mx_scale
 from fxmse.formats.stored_scales import list_stored_scales
 from fxmse.search.candidates import Candidates, OptimumProblem, Places, cross, make_candidates
 from fxmse.search.compiling import pays_to_compile, run
@@ -84,25 +85,31 @@ def find_output_optimum(
     problem = OptimumProblem(format, AbsolutePower.of(2.0), False, dtype)
     value = value.detach()
     with torch.no_grad():
-        alone = find_optimum(
-            value,
-            format,
-            layout,
-            problem.power,
-            global_scale=global_scale,
-            importance=list_diagonal(products, value.shape[-1]) if layout.strategy in _WEIGHED else None,
-            negative_scale=negative_scale,
-        )
+        diagonal = list_diagonal(products, value.shape[-1])
+        alone = [
+            find_optimum(
+                value,
+                format,
+                layout,
+                problem.power,
+                global_scale=global_scale,
+                importance=importance,
+                negative_scale=negative_scale,
+            )
+            for importance in ([diagonal, None] if layout.strategy in _WEIGHED else [None])
+        ]
         values_NOQG = _cut(value, layout)
         num_columns, height, num_rows, size = values_NOQG.shape
-        ranges_NQ = [part.reshape(num_rows, num_columns).T for part in alone]
+        ranges_NSQ = [
+            torch.stack([e.reshape(num_rows, num_columns).T for e in ends], 1) for ends in zip(*alone, strict=True)
+        ]
         at_a_time = max(1, enlarge(_MAX_ELEMENTS, value.device) // (num_columns * height * size))
         is_compiled = pays_to_compile(problem, value, _NUM)
         found = []
         for start in range(0, num_rows, at_a_time):
             some = slice(start, start + at_a_time)
             rows = _Rows.of(problem, values_NOQG[:, :, some], products, is_compiled)
-            found.append(rows.search(Range(*(part[:, some] for part in ranges_NQ)), global_scale, max_sweeps))
+            found.append(rows.search(Range(*(part[:, :, some] for part in ranges_NSQ)), global_scale, max_sweeps))
     return Range(*(torch.cat(part, 1).T.contiguous().view(shape) for part in zip(*found, strict=True)))
 
 
@@ -149,7 +156,7 @@ class _Rows:
         return cls(problem, values_NOQPG, products_MBB, is_compiled)
 
     def search(self, alone: Range, global_scale: Tensor | None, max_sweeps: int) -> Range:
-        """The ranges [N, Q] that are best together; ``alone`` are those that are best each by itself."""
+        """The ranges [N, Q] that are best together; ``alone``, [N, S, Q], are S that are best each by itself."""
         if global_scale is not None:
             global_scale = global_scale.expand(self.values_NOQPG.shape[2]).contiguous()
         columns = [
@@ -157,10 +164,21 @@ class _Rows:
             for n, (low, high) in enumerate(zip(*alone, strict=True))
         ]
         index_NQ = torch.stack([column.errors_CQ.argmin(0) for column in columns])
+        # Those that are best alone are the last of each table.
+        num_candidates = len(columns[0].errors_CQ)
+        starts = [
+            torch.full_like(index_NQ, place) for place in range(num_candidates - alone.min.shape[1], num_candidates)
+        ]
         if len(columns) > 1 and max_sweeps:
             values_NOQG = self.values_NOQPG[:, :, :, 0]
             index_NQ = descend(
-                self.problem, values_NOQG, columns, index_NQ, self.products_MBB, self.is_compiled, max_sweeps
+                self.problem,
+                values_NOQG,
+                columns,
+                [index_NQ, *starts],
+                self.products_MBB,
+                self.is_compiled,
+                max_sweeps,
             )
         scale_NQ, zero_point_NQ = zip(
             *(c.candidates.take(i) for c, i in zip(columns, index_NQ, strict=True)), strict=True
@@ -217,12 +235,31 @@ def _list_ratios(problem: OptimumProblem, size: int, device: torch.device) -> Te
 def _list_candidates(
     problem: OptimumProblem,
     values_OQPG: Tensor,
+    low_SQ: Tensor,
+    high_SQ: Tensor,
+    global_scale: Tensor | None,
+    ratio_C: Tensor,
+) -> Candidates:
+    """What groups can be quantized with whose best ranges, each by itself, are given: around the first; then these."""
+    if problem.format.is_mx:
+        alone = Candidates(store_mx_scale(high_SQ, problem.format.grid.num_bits), None)
+    else:
+        places = Places(torch.ones_like(low_SQ), torch.full_like(low_SQ, 0.5))
+        alone = make_candidates(problem, Range(low_SQ, high_SQ), global_scale, places)
+    around = _list_around(problem, values_OQPG, low_SQ[0], high_SQ[0], global_scale, ratio_C)
+    if alone.zero_point_CQ is None or around.zero_point_CQ is None:
+        return Candidates(torch.cat([around.scale_CQ, alone.scale_CQ]), None)
+    return Candidates(*(torch.cat(tables) for tables in zip(around, alone, strict=True)))  # type: ignore[arg-type]
+
+
+def _list_around(
+    problem: OptimumProblem,
+    values_OQPG: Tensor,
     low_Q: Tensor,
     high_Q: Tensor,
     global_scale: Tensor | None,
     ratio_C: Tensor,
 ) -> Candidates:
-    """What groups can be quantized with whose best range, each by itself, is given."""
     if problem.num_scales:
         own = measure(None, values_OQPG)
         exact_Q = calculate_exact_scale(own.min, own.max, problem.format, global_scale) * problem.top_ratio

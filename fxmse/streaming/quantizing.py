@@ -18,7 +18,7 @@ from fxmse.calibration.observing import check_batches, observe_batches
 from fxmse.capture.front_ends import split_inputs
 from fxmse.config import CONFIG_KEY, Config
 from fxmse.inputs.weights import Weights, load_skeleton
-from fxmse.outputs.checkpoint import check_replaceable, copy_tokenizer, read_sites
+from fxmse.outputs.checkpoint import check_replaceable, copy_tokenizer, read_biases, read_sites
 from fxmse.outputs.experts import Sites
 from fxmse.outputs.shards import Shards
 from fxmse.passes.parts import Part, cut, make_entry
@@ -48,6 +48,7 @@ def quantize_checkpoint(
     resume: bool = True,
     trust_remote_code: bool = False,
     moe_calibrate_all_experts: bool = True,
+    bias_correction: bool = False,
     progress: bool = True,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
@@ -74,6 +75,7 @@ def quantize_checkpoint(
         resume: go on with what an earlier call with the same arguments has done; otherwise that is removed.
         trust_remote_code: run the code that the folder has for models that transformers has no class of.
         moe_calibrate_all_experts: as for ``fxmse.prepare``.
+        bias_correction: as for ``fxmse.prepare``.
         progress: show a progress bar.
         extra_files: the contents of more files for the checkpoint, by name.
 
@@ -96,6 +98,7 @@ def quantize_checkpoint(
         first[0] if first else dict(model.dummy_inputs),
         dynamic_shapes=dynamic_shapes,
         moe_calibrate_all_experts=moe_calibrate_all_experts,
+        bias_correction=bias_correction,
     )
     is_observed = observes_activations(observed)
     if is_observed and not first:
@@ -119,6 +122,7 @@ def quantize_checkpoint(
             "the propagation": propagate,
             "the dtype": dtype,
             "the experts' calibration": moe_calibrate_all_experts,
+            "the biases' correction": bias_correction,
         }
         work.resume(describe_run(folder, resolved, **options, **{"the data": digest.hexdigest()}))
         run = _Run(work, weights, shards, parts, propagate if is_observed else "")
@@ -211,7 +215,10 @@ class _Run:
             quantized = convert(part.graph_module) if has_probes else part.graph_module
             if runs and self.propagate == "quantized":
                 observe_batches(quantized, feed, False, feed.keep)
-            return {n: p.data for n, p in parameters.items()}, read_sites(quantized)[0] if has_probes else {}
+            tensors = {name: parameter.data for name, parameter in parameters.items()}
+            sites = read_sites(quantized)[0] if has_probes else {}
+            biases = read_biases(quantized, sites)
+            return tensors | {name: bias for name, bias in biases.items() if name in tensors}, sites
         finally:
             for name, parameter in parameters.items():
                 parameter.data = hollow[name]
