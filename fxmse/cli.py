@@ -1,4 +1,4 @@
-"""The command line: ``fxmse quantize``, ``fxmse inspect``, ``fxmse schemes``."""
+"""The command line: ``fxmse quantize``, ``fxmse plan``, ``fxmse inspect``, ``fxmse schemes``."""
 
 import argparse
 import json
@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, preset_name_to_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from tabulate import tabulate
@@ -23,6 +25,7 @@ from fxmse.config import Config, name_weight_observer, resolve_config
 from fxmse.inputs.data import Choice, check_batches, find_batch_size, order_inputs, read_batches, take_inputs
 from fxmse.inputs.models import Source, load_source
 from fxmse.inputs.programs import load_program
+from fxmse.inputs.weights import load_skeleton
 from fxmse.outputs.checkpoint import check_replaceable, check_saveable, find_tied, save_pretrained
 from fxmse.outputs.exporting import export, save_program
 from fxmse.outputs.files import check_apart, check_place
@@ -31,6 +34,8 @@ from fxmse.outputs.space import check_space, estimate_checkpoint, estimate_progr
 from fxmse.outputs.summaries import COLUMNS, as_json, format_sites
 from fxmse.pipeline import calibrate, convert, prepare
 from fxmse.reading import check_link, read_text
+from fxmse.streaming.quantizing import StreamOptions, plan_job, run_job
+from fxmse.streaming.work import Work
 
 __all__ = ["main"]
 
@@ -44,6 +49,7 @@ _EXAMPLES = """examples:
   fxmse quantize model.pt2 --scheme W8A8 --data batches.safetensors --out quantized.pt2
   fxmse quantize ./llama --scheme W4A16 --ignore lm_head --data texts.jsonl --out ./llama-w4a16
   fxmse quantize ./vit --scheme config.yaml --data ./images --out vit.pt2 --decompose
+  fxmse plan ./llama --scheme NVFP4
   fxmse inspect quantized.pt2
   fxmse schemes --json
 
@@ -87,8 +93,10 @@ def _describe(error: Exception) -> str:
 
 def _tell_written(options: argparse.Namespace) -> str:
     """What an interrupted command left at ``--out``: nothing new, or all of it."""
-    is_written = "before" in options and _identify(options.out) != options.before
-    return f"{options.out} was written" if is_written else "nothing was written"
+    if "before" in options and _identify(options.out) != options.before:
+        return f"{options.out} was written"
+    is_begun = "before" in options and Work.is_begun(options.out)
+    return "nothing was written" + ("; run the same command again to go on" if is_begun else "")
 
 
 def _identify(path: Path) -> tuple[int, int] | None:
@@ -163,14 +171,37 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--decompose", action="store_true", help="write a .pt2 that loads where fxmse is not installed"
     )
+    _add_trust(command)
     command.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that MODEL has for what transformers lacks"
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on with what an interrupted command has done of a folder (default), or remove it",
     )
+    command.add_argument(
+        "--propagate",
+        choices=("float", "quantized"),
+        default="float",
+        help="what the parts of a folder's model are calibrated on: float values, or those that the quantized parts "
+        "before them compute",
+    )
+    command = add("plan", _plan, "say what fxmse quantize would do, and what it takes, without reading a weight")
+    command.add_argument("model", type=Path, metavar="MODEL", help="a local Hugging Face folder")
+    command.add_argument("--scheme", required=True, help="a preset, or a JSON or YAML config file")
+    command.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="modules that a preset leaves alone")
+    command.set_defaults(observer=None, observer_kwargs=None)
+    _add_trust(command)
     command = add("inspect", _inspect, "print what was quantized how, and how well, in what fxmse quantize wrote")
     command.add_argument("out", type=Path, metavar="OUT", help="a .pt2 or a checkpoint's folder")
     command.add_argument("--all", action="store_true", help="every value; otherwise the worst ones")
     add("schemes", _list_schemes, "list the presets")
     return parser
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that MODEL has for what transformers lacks"
+    )
 
 
 def _positive(text: str) -> int:
@@ -194,6 +225,9 @@ def _quantize(options: argparse.Namespace) -> None:
     _check_paths(options)
     start = time.perf_counter()
     config = _make_config(options)
+    if _is_streamed(options):
+        _stream(options, config, start)
+        return
     source = load_source(
         options.model,
         dtype=options.dtype,
@@ -209,14 +243,7 @@ def _quantize(options: argparse.Namespace) -> None:
         _check_output(options, observed, source)
         quantized = convert(calibrate(observed, batches))
         sites = _report(quantized, options.report, (batches or [example])[:_REPORTED_BATCHES])
-    summary = {
-        "model": str(options.model),
-        "scheme": options.scheme,
-        "out": str(options.out),
-        "batches": len(batches),
-        "seconds": round(time.perf_counter() - start, 3),
-        "sites": [as_json(site) for site in sites],
-    }
+    summary = _summarise(options, sites, len(batches), start)
     extra_files = {REPORT_FILE: json.dumps(summary, indent=1)}
     if _is_program(options.out):
         program = export(quantized, example, decompose=options.decompose)
@@ -225,6 +252,66 @@ def _quantize(options: argparse.Namespace) -> None:
     else:
         save_pretrained(quantized, source.model, options.out, extra_files=extra_files)
     _print(_format(summary, options.json))
+
+
+def _summarise(options: argparse.Namespace, sites: list[SiteReport], num_batches: int, start: float) -> dict[str, Any]:
+    return {
+        "model": str(options.model),
+        "scheme": options.scheme,
+        "out": str(options.out),
+        "batches": num_batches,
+        "seconds": round(time.perf_counter() - start, 3),
+        "sites": [as_json(site) for site in sites],
+    }
+
+
+def _is_streamed(options: argparse.Namespace) -> bool:
+    """Whether a model goes from folder to folder part by part: but for what needs all of it in memory."""
+    return not _is_program(options.out) and options.report != "full" and options.device is None
+
+
+def _stream(options: argparse.Namespace, config: QuantizationConfig, start: float) -> None:
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    skeleton = load_skeleton(options.model, dtype, trust_remote_code=options.trust_remote_code)
+    config = _ignore_tied(config, skeleton.model)
+    batches = _read_batches(options, Source(options.model, model=skeleton.model))
+    stream_options = StreamOptions(
+        propagate=options.propagate, bias_correction=options.bias_correction, reports=options.report == "summary"
+    )
+    summary: dict[str, Any] = {}
+
+    def make_files(sites: list[SiteReport]) -> dict[str, str]:
+        summary.update(_summarise(options, sites, len(batches), start))
+        return {REPORT_FILE: json.dumps(summary, indent=1)}
+
+    with _name_data(options):
+        job = plan_job(skeleton, config, *batches[:1], options=stream_options)
+        run_job(job, batches, options.out, resume=options.resume, progress=True, make_files=make_files)
+    _print(_format(summary, options.json))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    config = _make_config(options)
+    skeleton = load_skeleton(options.model, trust_remote_code=options.trust_remote_code)
+    job = plan_job(skeleton, _ignore_tied(config, skeleton.model), options=StreamOptions())
+    formats = Counter(f"{site.role}: {describe_format(site.args)}" for site in job.sites)
+    facts: dict[str, Any] = {
+        "model": str(options.model),
+        "scheme": options.scheme,
+        "sites": dict(formats),
+        "needs data": job.is_observed,
+        "bytes of the model": sum(skeleton.weights.sizes.values()),
+        "bytes of the checkpoint": job.num_bytes,
+        "parts": len(job.parts),
+        "bytes of the largest part": max((part.num_bytes for part in job.parts), default=0),
+        "bytes between parts, a batch": max((part.carried_bytes for part in job.parts), default=0),
+    }
+    if options.json:
+        _print(json.dumps(facts, indent=1))
+        return
+    rows = [(name, f"{value / 1e9:.3f} GB" if name.startswith("bytes") else value) for name, value in facts.items()]
+    rows[2:3] = [(f"sites: {name}", count) for name, count in formats.items()]
+    _print(tabulate(rows, tablefmt="plain"))
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class Part(NamedTuple):
         outputs: the names of those that it returns.
         carried: of all that has been computed when it has run, what later parts read: outputs of its own and before.
         num_bytes: of the parameters and buffers that it reads.
+        carried_bytes: of ``carried``, of the example that the graph was traced with.
     """
 
     graph_module: GraphModule
@@ -42,6 +43,7 @@ class Part(NamedTuple):
     outputs: tuple[str, ...]
     carried: tuple[str, ...]
     num_bytes: int
+    carried_bytes: int
 
 
 def make_entry(graph_module: GraphModule) -> GraphModule:
@@ -226,7 +228,7 @@ class _Cutter:
         part.meta[CONFIG_KEY] = self.graph_module.meta[CONFIG_KEY]
         num_bytes = sum(self._measure_weights(begin, end).values())
         names = [tuple(node.name for node in nodes) for nodes in (inputs, outputs, carried)]
-        return Part(part, names[0], names[1], names[2], num_bytes)
+        return Part(part, names[0], names[1], names[2], num_bytes, sum(map(_measure_value, carried)))
 
 
 def _find_free(graph_module: GraphModule, versions: Versions) -> set[Node]:

@@ -142,9 +142,9 @@ def test_what_cannot_be_gone_on_with_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(Work, "note", note_two)
     with pytest.raises(KeyboardInterrupt):
         quantize(part_size=1)
-    with pytest.raises(ValueError, match="something else as the data"):
+    with pytest.raises(ValueError, match="something else as data"):
         quantize(batches[::-1], part_size=1)
-    with pytest.raises(ValueError, match="something else as the part size"):
+    with pytest.raises(ValueError, match="something else as part_size"):
         quantize(part_size=2)
     with Work(out), pytest.raises(ValueError, match="another process is writing"):
         quantize(part_size=1)
@@ -200,7 +200,7 @@ def test_space_is_looked_for_first(tmp_path, monkeypatch):
     save_model("Llama", tmp_path / "float")
     Usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 100_000))
-    with pytest.raises(ValueError, match=r"the checkpoint takes \d+ MB .* 0 MB are free"):
+    with pytest.raises(ValueError, match=r"needs at least .* are free"):
         fxmse.quantize_checkpoint(tmp_path / "float", W4A16, out=tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
 

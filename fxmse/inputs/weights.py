@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,14 +15,26 @@ from fxmse.capture.attributes import find_place
 from fxmse.inputs.folders import list_weight_files
 from fxmse.inputs.models import find_model_class
 
-__all__ = ["Weights", "load_skeleton"]
+__all__ = ["Skeleton", "Weights", "load_skeleton"]
 
 _ALIGNMENT = 64  # bytes; kernels may add up in another order where memory begins elsewhere
 
 
-def load_skeleton(
-    path: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
-) -> "tuple[Any, Weights]":
+class Skeleton(NamedTuple):
+    """A folder's model without its weights, and the weights, which are in files.
+
+    Attributes:
+        path: the folder.
+        model: a ``transformers.PreTrainedModel``.
+        weights: those of its parameters.
+    """
+
+    path: Path
+    model: Any
+    weights: "Weights"
+
+
+def load_skeleton(path: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Skeleton:
     """A folder's model in evaluation mode, whose parameters have memory that was never touched, and its weights.
 
     All that is computed when a model is made (the frequencies of rotary embeddings) is there, as are the buffers that
@@ -52,7 +64,7 @@ def load_skeleton(
     for name, value in weights.load(buffers).items():
         buffers[name].copy_(value)
     weights.locate(model)
-    return model, weights
+    return Skeleton(path, model, weights)
 
 
 @contextmanager

@@ -3,24 +3,28 @@
 import hashlib
 import itertools
 import os
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
 from fxmse.calibration.observing import check_batches, observe_batches
+from fxmse.calibration.progress import Peeked
 from fxmse.capture.front_ends import split_inputs
-from fxmse.config import CONFIG_KEY, Config
-from fxmse.inputs.weights import Weights, load_skeleton
+from fxmse.config import CONFIG_KEY, Config, Site
+from fxmse.inputs.weights import Skeleton, load_skeleton
 from fxmse.outputs.checkpoint import check_replaceable, copy_tokenizer, read_biases, read_sites
 from fxmse.outputs.experts import Sites
+from fxmse.outputs.reporting import SiteReport, report
 from fxmse.outputs.shards import Shards
+from fxmse.outputs.space import check_space
 from fxmse.passes.parts import Part, cut, make_entry
 from fxmse.passes.probe import find_probes
 from fxmse.passes.trimming import observes_activations
@@ -29,9 +33,41 @@ from fxmse.streaming.activations import Activations
 from fxmse.streaming.fingerprints import describe_run, hash_batches
 from fxmse.streaming.work import Work
 
-__all__ = ["quantize_checkpoint"]
+__all__ = ["Job", "StreamOptions", "plan_job", "quantize_checkpoint", "run_job"]
 
 _PART_SIZE = 1 << 29
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """How a model is quantized part by part.
+
+    Attributes:
+        dynamic_shapes: as for ``fxmse.prepare``.
+        part_size: bytes of weights that a part has at most, where that can be: one weight is not cut, and layers that
+            share an observer are calibrated together.
+        propagate: what a part is calibrated on: "float", the values of the float model, or "quantized", those that the
+            quantized parts before it compute.
+        moe_calibrate_all_experts: as for ``fxmse.prepare``.
+        bias_correction: as for ``fxmse.prepare``.
+        reports: whether weights are measured once they are quantized.
+
+    Raises:
+        ValueError: an argument that is out of range.
+    """
+
+    dynamic_shapes: Any = None
+    part_size: int = _PART_SIZE
+    propagate: str = "float"
+    moe_calibrate_all_experts: bool = True
+    bias_correction: bool = False
+    reports: bool = False
+
+    def __post_init__(self) -> None:
+        if self.propagate not in ("float", "quantized"):
+            raise ValueError(f"propagate={self.propagate!r}: expected 'float' or 'quantized'")
+        if not isinstance(self.part_size, int) or self.part_size < 1:
+            raise ValueError(f"part_size={self.part_size!r}: expected a number of bytes")
 
 
 @torch.no_grad()
@@ -41,16 +77,12 @@ def quantize_checkpoint(
     batches: Iterable[Any] = (),
     *,
     out: str | os.PathLike[str],
-    dynamic_shapes: Any = None,
     dtype: torch.dtype | None = None,
-    part_size: int = _PART_SIZE,
-    propagate: str = "float",
     resume: bool = True,
     trust_remote_code: bool = False,
-    moe_calibrate_all_experts: bool = True,
-    bias_correction: bool = False,
     progress: bool = True,
     extra_files: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> None:
     """Quantizes a model that need not fit into memory: from a Hugging Face folder to a compressed-tensors checkpoint.
 
@@ -66,103 +98,161 @@ def quantize_checkpoint(
         batches: as for ``fxmse.calibrate``. They are run through only where activations are observed; what passes
             between parts is kept in files beside ``out``.
         out: the checkpoint's folder; a quantized checkpoint that is there is replaced once the new one is complete.
-        dynamic_shapes: as for ``fxmse.prepare``.
         dtype: of the model; by default what transformers would load it in.
-        part_size: bytes of weights that a part has at most, where that can be: one weight is not cut, and layers that
-            share an observer are calibrated together.
-        propagate: what a part is calibrated on: "float", the values of the float model, or "quantized", those that the
-            quantized parts before it compute.
         resume: go on with what an earlier call with the same arguments has done; otherwise that is removed.
         trust_remote_code: run the code that the folder has for models that transformers has no class of.
-        moe_calibrate_all_experts: as for ``fxmse.prepare``.
-        bias_correction: as for ``fxmse.prepare``.
         progress: show a progress bar.
         extra_files: the contents of more files for the checkpoint, by name.
+        options: those of :class:`StreamOptions`.
 
     Raises:
         ValueError: as ``fxmse.quantize`` and ``save_pretrained``, where possible before the first weight is read;
             weights that are missing; another process that writes the same folder; an unfinished run with other
             arguments.
     """
-    folder, out = Path(folder), Path(out)
-    if propagate not in ("float", "quantized"):
-        raise ValueError(f"propagate={propagate!r}: expected 'float' or 'quantized'")
+    stream_options, out = StreamOptions(**options), Path(out)
     check_batches(batches)
     check_replaceable(out, folder)
-    model, weights = load_skeleton(folder, dtype, trust_remote_code=trust_remote_code)
-    remaining = iter(batches)
-    first = list(itertools.islice(remaining, 1))
+    skeleton = load_skeleton(Path(folder), dtype, trust_remote_code=trust_remote_code)
+    peeked = Peeked(batches)
+    job = plan_job(skeleton, config, *peeked.first, options=stream_options)
+    run_job(job, peeked, out, resume=resume, progress=progress, make_files=lambda _: extra_files or {})
+
+
+class Job(NamedTuple):
+    """All that is known of a run before a weight is read.
+
+    Attributes:
+        skeleton: the model.
+        config: what is quantized how.
+        options: how.
+        shards: the checkpoint to be.
+        entry: takes a batch, gives the values of the graph's inputs.
+        inputs: their names.
+        parts: the graph, which runs in this order.
+        sites: all that is quantized.
+        is_observed: whether data is needed.
+        num_bytes: of the checkpoint's tensors.
+    """
+
+    skeleton: Skeleton
+    config: QuantizationConfig
+    options: StreamOptions
+    shards: Shards
+    entry: GraphModule
+    inputs: list[str]
+    parts: list[Part]
+    sites: list[Site]
+    is_observed: bool
+    num_bytes: int
+
+
+def plan_job(skeleton: Skeleton, config: Config, example: Any = None, *, options: StreamOptions) -> Job:
+    """Traces a model without its weights, finds its sites and cuts it into parts.
+
+    Raises as :func:`quantize_checkpoint`.
+
+    Args:
+        skeleton: the model.
+        config: as for ``fxmse.prepare``.
+        example: a batch to trace with; by default what transformers has for the model.
+        options: the options.
+    """
     observed = prepare(
-        model,
+        skeleton.model,
         config,
-        first[0] if first else dict(model.dummy_inputs),
-        dynamic_shapes=dynamic_shapes,
-        moe_calibrate_all_experts=moe_calibrate_all_experts,
-        bias_correction=bias_correction,
+        dict(skeleton.model.dummy_inputs) if example is None else example,
+        dynamic_shapes=options.dynamic_shapes,
+        moe_calibrate_all_experts=options.moe_calibrate_all_experts,
+        bias_correction=options.bias_correction,
     )
-    is_observed = observes_activations(observed)
-    if is_observed and not first:
-        raise ValueError("no batches: the config has values that data has to be shown to")
     resolved = observed.meta[CONFIG_KEY]
     sites = [site for _, probe in find_probes(observed) for site in probe.sites]
-    shards = Shards(model, resolved, sites, weights.conversions)
-    entry = make_entry(observed)
-    names = [node.name for node in observed.graph.find_nodes(op="placeholder")]
-    parts = cut(observed, part_size, weights.list_fused(model))
-    del observed
-    _check_space(out, shards.measure())
+    shards = Shards(skeleton.model, resolved, sites, skeleton.weights.conversions)
+    return Job(
+        skeleton,
+        resolved,
+        options,
+        shards,
+        make_entry(observed),
+        [node.name for node in observed.graph.find_nodes(op="placeholder")],
+        cut(observed, options.part_size, skeleton.weights.list_fused(skeleton.model)),
+        sites,
+        observes_activations(observed),
+        shards.measure(),
+    )
+
+
+@torch.no_grad()
+def run_job(
+    job: Job,
+    batches: Iterable[Any],
+    out: Path,
+    *,
+    resume: bool,
+    progress: bool,
+    make_files: Callable[[list[SiteReport]], Mapping[str, str]],
+) -> list[SiteReport]:
+    """Does what :func:`quantize_checkpoint` promises, and returns the reports of weights, where they were asked for.
+
+    Args:
+        job: from :func:`plan_job`; its parts are used up.
+        batches: as for :func:`quantize_checkpoint`.
+        out: the checkpoint's folder.
+        resume: as for :func:`quantize_checkpoint`.
+        progress: show a progress bar.
+        make_files: called with the reports; gives the contents of more files for the checkpoint, by name.
+    """
+    batches = iter(batches)
+    first = list(itertools.islice(batches, 1))
+    if job.is_observed and not first:
+        raise ValueError("no batches: the config has values that data has to be shown to")
+    check_space(out, job.num_bytes)
+    path = job.skeleton.path
     with Work(out) as work:
         if not resume:
             work.clear()
         digest = hashlib.sha256()
-        if is_observed:
-            _enter(work, entry, names, hash_batches(itertools.chain(first, remaining), digest))
-        options = {
-            "the part size": part_size,
-            "the propagation": propagate,
-            "the dtype": dtype,
-            "the experts' calibration": moe_calibrate_all_experts,
-            "the biases' correction": bias_correction,
-        }
-        work.resume(describe_run(folder, resolved, **options, **{"the data": digest.hexdigest()}))
-        run = _Run(work, weights, shards, parts, propagate if is_observed else "")
+        if job.is_observed:
+            _enter(work, job, hash_batches(itertools.chain(first, batches), digest))
+        work.resume(describe_run(path, job.config, data=digest.hexdigest(), **asdict(job.options)))
+        run = _Run(work, job)
         sizes = [run.count(number) for number in range(len(run.own))]
         with tqdm(total=sum(sizes), desc="quantize", unit="B", unit_scale=True, disable=not progress) as bar:
             for number, size in enumerate(sizes):
                 if number >= len(work.done):
                     run.quantize(number)
                 bar.update(size)
-        shards.write_index(work.folder, [file for part in work.done for file in part["files"]])
-        copy_tokenizer(folder, work.folder)
-        for name, content in (extra_files or {}).items():
+        job.shards.write_index(work.folder, [file for part in work.done for file in part["files"]])
+        copy_tokenizer(path, work.folder)
+        reports = [SiteReport(**fields) for part in work.done for fields in part["reports"]]
+        for name, content in make_files(reports).items():
             (work.folder / name).write_text(content)
         work.finish()
+    return reports
 
 
-def _check_space(out: Path, needed: int) -> None:
-    """Raises ValueError where a checkpoint does not fit onto its disk."""
-    free = shutil.disk_usage(out.absolute().parent).free
-    if needed > free:
-        raise ValueError(f"{out}: the checkpoint takes {needed >> 20} MB on a disk of which {free >> 20} MB are free")
-
-
-def _enter(work: Work, entry: GraphModule, names: list[str], batches: Iterable[Any]) -> None:
+def _enter(work: Work, job: Job, batches: Iterable[Any]) -> None:
     """Keeps what passes to the first part: the batches' values, by the names of the graph's inputs."""
     work.activations.drop(0)
     for number, batch in enumerate(batches):
         args, kwargs = split_inputs(batch)
-        work.activations.write(0, number, dict(zip(names, entry(*args, **kwargs), strict=True)))
+        work.activations.write(0, number, dict(zip(job.inputs, job.entry(*args, **kwargs), strict=True)))
 
 
 class _Run:
     """The parts of a model, and behind them what no part reads."""
 
-    def __init__(self, work: Work, weights: Weights, shards: Shards, parts: Sequence[Part], propagate: str) -> None:
-        self.work, self.weights, self.shards = work, weights, shards
-        self.parts: list[Part | None] = list(parts)
-        self.propagate = propagate
-        self._waiting = set(weights.names)
-        self.own = [self._take(part.graph_module) for part in parts]  # the names of what is written with each
+    def __init__(self, work: Work, job: Job) -> None:
+        self.work, self.weights, self.shards = work, job.skeleton.weights, job.shards
+        self.parts: list[Part | None] = list(job.parts)
+        job.parts.clear()
+        self.propagate = job.options.propagate if job.is_observed else ""
+        self.reports = job.options.reports
+        self._waiting = set(self.weights.names)
+        self.own = [
+            self._take(part.graph_module) for part in self.parts if part
+        ]  # the names of what is written with each
         self.own += [sorted(self._waiting)] if self._waiting else []
 
     def _take(self, graph_module: GraphModule) -> list[str]:
@@ -182,8 +272,9 @@ class _Run:
         start = time.perf_counter()
         loaded: dict[str, Tensor] = {}
         sites: Sites = {}
+        reports: list[SiteReport] = []
         if number < len(self.parts):
-            loaded, sites = self._calibrate(number)
+            loaded, sites, reports = self._calibrate(number)
         known = {site for part in self.work.done for site in part["sites"]}
         sites = {site: qparams for site, qparams in sites.items() if site not in known}
         loaded |= self.weights.load([name for name in self.own[number] if name not in loaded])
@@ -192,10 +283,15 @@ class _Run:
         if own or sites:
             files = [f"model-{number + 1:05}-of-{len(self.own):05}.safetensors"]
             self.shards.write(own, sites, self.work.folder / files[0])
-        self.work.note({"sites": sorted(sites), "seconds": round(time.perf_counter() - start, 3)}, files, number + 1)
+        note = {
+            "sites": sorted(sites),
+            "seconds": round(time.perf_counter() - start, 3),
+            "reports": [asdict(report) for report in reports],
+        }
+        self.work.note(note, files, number + 1)
 
-    def _calibrate(self, number: int) -> tuple[dict[str, Tensor], Sites]:
-        """The weights that a part reads, and the qparams of its sites; what later parts need is kept."""
+    def _calibrate(self, number: int) -> tuple[dict[str, Tensor], Sites, list[SiteReport]]:
+        """The weights that a part reads, the qparams of its sites, and their reports; what later parts need is kept."""
         part, self.parts[number] = self.parts[number], None  # its observers go with it
         assert part
         parameters = self._list_parameters(part.graph_module)
@@ -218,7 +314,8 @@ class _Run:
             tensors = {name: parameter.data for name, parameter in parameters.items()}
             sites = read_sites(quantized)[0] if has_probes else {}
             biases = read_biases(quantized, sites)
-            return tensors | {name: bias for name, bias in biases.items() if name in tensors}, sites
+            reports = report(quantized) if self.reports and has_probes else []
+            return tensors | {name: bias for name, bias in biases.items() if name in tensors}, sites, reports
         finally:
             for name, parameter in parameters.items():
                 parameter.data = hollow[name]

@@ -38,7 +38,7 @@ class Work:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._base = out.absolute().parent / f".{out.name}.fxmse"
+        self._base = _find_base(out)
         self._base.mkdir(parents=True, exist_ok=True)
         self._lock = open(self._base / _LOCK, "a")  # noqa: SIM115
         try:
@@ -52,6 +52,11 @@ class Work:
         self.activations = Activations(self._base / "activations")
         self.done: list[dict[str, Any]] = []
         self._facts: dict[str, str] = {}
+
+    @staticmethod
+    def is_begun(out: Path) -> bool:
+        """Whether a run left something for ``out`` that the next one can go on with."""
+        return (_find_base(out) / _RECORD).exists()
 
     def resume(self, facts: Mapping[str, str]) -> None:
         """Takes what an earlier run of the same facts has finished.
@@ -127,6 +132,10 @@ class Work:
         except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
             raise ValueError(f"{path} is damaged: start anew (resume=False, --no-resume)") from None
         return record
+
+
+def _find_base(out: Path) -> Path:
+    return out.absolute().parent / f".{out.name}.fxmse"
 
 
 def _find_size(path: Path) -> int | None:
