@@ -308,7 +308,7 @@ class _Run:
                 calibrate(part.graph_module, feed if runs else (), progress=False, on_outputs=on_outputs)
             elif runs and on_outputs:
                 observe_batches(part.graph_module, feed, False, on_outputs)
-            quantized = convert(part.graph_module) if has_probes else part.graph_module
+            quantized = convert(part.graph_module, progress=False) if has_probes else part.graph_module
             if runs and self.propagate == "quantized":
                 observe_batches(quantized, feed, False, feed.keep)
             tensors = {name: parameter.data for name, parameter in parameters.items()}
