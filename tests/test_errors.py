@@ -63,9 +63,9 @@ CONTENTS = {
     "junk": (b"{[", "cannot be read"),
     "bytes": (b"\xff\xfe\x00", "cannot be read"),
     "empty": (b"", "cannot be read"),
-    "null": (b"null", "expected a mapping, found None"),
-    "list": (b"[1, 2]", "expected a mapping, found [1, 2]"),
-    "long list": (json.dumps([0] * 99).encode(), "expected a mapping, found a list"),
+    "null": (b"null", "expected a mapping of a config's fields, found None"),
+    "list": (b"[1, 2]", "expected a mapping of a config's fields, found [1, 2]"),
+    "long list": (json.dumps([0] * 99).encode(), "expected a mapping of a config's fields, found [0, 0"),
 }
 
 
@@ -84,13 +84,15 @@ def test_configs_and_indices_of_something_else(folder, tmp_path, capsys, content
     (tmp_path / "out" / "config.json").write_bytes(content)
     assert_one_line(capsys, tmp_path, *arguments, named=["out/config.json", message])
     (tmp_path / "llama" / "fxmse_report.json").write_bytes(content)
-    assert_one_line(capsys, tmp_path, "inspect", tmp_path / "llama", named=["llama has a fxmse_report.json that fxmse"])
+    assert_one_line(
+        capsys, tmp_path, "inspect", tmp_path / "llama", named=["llama", "fxmse_report.json", "cannot be read"]
+    )
 
 
 def test_yaml_and_fields_that_are_none(folder, tmp_path, capsys):
     for name, content, message in (
         ("a.yaml", "a: [", "cannot be read"),
-        ("a.yaml", "", "expected a mapping, found None"),
+        ("a.yaml", "", "expected a mapping of a config's fields, found None"),
         ("a.json", '{"quantization_config": null}', "quantization_config is None: expected a mapping"),
         ("a.json", '{"quantization_config": [1]}', "quantization_config is [1]: expected a mapping"),
         ("a.json", '{"config_groups": 3}', "config_groups: Input should be a valid dictionary"),
@@ -109,7 +111,7 @@ def test_data_and_models_of_something_else(folder, tmp_path, capsys, suffix):
     file, what = tmp_path / f"file{suffix}", "model" if suffix == ".pt2" else "data"
     for content in (b"junk", b"null", b""):
         file.write_bytes(content)
-        assert_one_line(capsys, tmp_path, *quantize(folder, tmp_path, **{what: file}), named=[f"{file} cannot be read"])
+        assert_one_line(capsys, tmp_path, *quantize(folder, tmp_path, **{what: file}), named=[str(file)])
     file.unlink()
     assert_one_line(capsys, tmp_path, *quantize(folder, tmp_path, **{what: file}), named=[str(file)])
     if suffix == ".pt2":
@@ -132,8 +134,8 @@ def test_data_that_does_not_fit_is_named_behind_a_progress_bar(folder, tmp_path,
     [
         ({"num_hidden_layers": 2}, "there is no model.layers.1.input_layernorm.weight; there is no model.layers.1.mlp"),
         ({"intermediate_size": 288}, "mlp.down_proj.weight has shape (128, 256), the model needs (128, 288)"),
-        ({"hidden_size": 65}, "llama cannot be loaded by transformers: "),
-        ({"model_type": "nonsense"}, "llama cannot be loaded by transformers: "),
+        ({"hidden_size": 65}, "llama cannot be loaded by transformers"),
+        ({"model_type": "nonsense"}, "llama cannot be loaded by transformers"),
         ({"quantization_config": [1]}, "llama is quantized already"),
     ],
 )
@@ -223,7 +225,7 @@ def test_an_interrupt_says_whether_the_output_was_written(folder, tmp_path, caps
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fxmse.cli.tabulate", interrupt)
+    monkeypatch.setattr("fxmse.outputs.summaries.tabulate", interrupt)
     code, lines = run(capsys, *quantize(folder, tmp_path))
     assert code == 130
     assert lines[-1] == f"fxmse: interrupted; {tmp_path / 'out.pt2'} was written"

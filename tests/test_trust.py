@@ -33,10 +33,12 @@ from fxmse.inputs.folders import list_weight_files
 from fxmse.inputs.models import load_source
 from fxmse.inputs.program_json import clean_program
 from fxmse.inputs.programs import load_program
+from fxmse.inputs.weights import load_skeleton
 from fxmse.observers import Observer
 from fxmse.ops import load_search
-from fxmse.outputs.checkpoint import _copy_tokenizer, check_replaceable
+from fxmse.outputs.checkpoint import check_replaceable, copy_tokenizer
 from fxmse.patterns import check_patterns
+from fxmse.streaming.work import Work
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
@@ -110,6 +112,11 @@ def write_texts(folder):
 
 
 # The file that is attacked, and what reads it; with the originals and the observed graph.
+def resume_run(out):
+    with Work(out) as work:
+        work.resume({})
+
+
 ENTRIES = {
     "config, YAML": ("config.yaml", lambda path, *_: resolve_config(path)),
     "config, JSON": ("config.json", lambda path, *_: resolve_config(str(path))),
@@ -129,6 +136,10 @@ ENTRIES = {
     "model, weights": ("model/model.safetensors", lambda path, *_: load_source(path.parent)),
     "model, index": ("model/model.safetensors.index.json", lambda path, *_: load_source(path.parent)),
     "model, generation": ("model/generation_config.json", lambda path, *_: load_source(path.parent)),
+    "streamed, config": ("model/config.json", lambda path, *_: load_skeleton(path.parent)),
+    "streamed, weights": ("model/model.safetensors", lambda path, *_: load_skeleton(path.parent)),
+    "streamed, index": ("model/model.safetensors.index.json", lambda path, *_: load_skeleton(path.parent)),
+    "unfinished run": (".out.fxmse/run.json", lambda path, *_: resume_run(path.parents[1] / "out")),
     "tokenizer": ("model/tokenizer_config.json", lambda path, *_: read_with(write_texts(path.parent), path.parent)),
     "processor": ("model/preprocessor_config.json", lambda path, *_: read_with(path.parent, path.parent)),
     "qparams": ("model/model.safetensors", lambda path, _, observed: fxmse.load_qparams(observed, path.parent)),
@@ -136,8 +147,8 @@ ENTRIES = {
         "model/model.safetensors.index.json",
         lambda path, _, observed: fxmse.load_qparams(observed, path.parent),
     ),
-    "folder to replace": ("out/config.json", lambda path, *_: check_replaceable(path.parent)),
-    "tokenizer to copy": ("model/tokenizer.json", lambda path, *_: _copy_tokenizer(path.parent, path.parents[1])),
+    "folder to replace": ("out/config.json", lambda path, *_: check_replaceable(path.parent, "")),
+    "tokenizer to copy": ("model/tokenizer.json", lambda path, *_: copy_tokenizer(path.parent, path.parents[1])),
 }
 # What takes any text or any file, and says no more of it than what a text or a file is.
 TAKE_ANYTHING = ("folder to replace", "tokenizer to copy", "model, generation")
@@ -575,7 +586,7 @@ READERS = {
     "read_text": {"fxmse.reading", "fxmse.config", "fxmse.inputs.data", "fxmse.cli"},  # all by fxmse.reading
     "read_bytes": set(),
     "fromfile": set(),
-    "safe_open": set(),
+    "safe_open": {"fxmse.inputs.weights", "fxmse.outputs.shards"},
     "load_file": {"fxmse.inputs.folders"},
     "load": {
         "fxmse.inputs.programs",
@@ -583,6 +594,9 @@ READERS = {
         "fxmse.calibration.ranks",  # of another process
         "fxmse.observers.counting",  # its own source
         "fxmse.passes.constants",  # a tensor of a graph
+        "fxmse.inputs.weights",  # its own
+        "fxmse.streaming.activations",  # tensors alone
+        "fxmse.streaming.quantizing",  # of fxmse.inputs.weights
     },
     "loads": {
         "fxmse.reading",
@@ -595,12 +609,12 @@ READERS = {
     },
     "safe_load": {"fxmse.config"},
     "from_pretrained": {"fxmse.inputs.folders"},
-    "from_pretrained_model": {"fxmse.outputs.checkpoint"},  # a model in memory
+    "from_pretrained_model": {"fxmse.outputs.checkpoint", "fxmse.outputs.shards"},  # a model in memory
     "copyfile": {"fxmse.outputs.checkpoint"},
     "get_value_from_registry": {"fxmse.observers.base", "fxmse.inputs.qparams"},  # the last of an enumeration
     "import_module": set(),
     "__import__": set(),
-    "eval": {"fxmse.inputs.models", "fxmse.capture.front_ends"},  # of modules
+    "eval": {"fxmse.inputs.models", "fxmse.inputs.weights", "fxmse.capture.front_ends"},  # of modules
     "exec": set(),
     "input": set(),
 }

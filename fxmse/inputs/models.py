@@ -14,7 +14,7 @@ from fxmse.inputs.folders import list_weight_files, load_pretrained
 from fxmse.inputs.programs import load_program
 from fxmse.reading import read_json
 
-__all__ = ["Source", "find_model_class", "load_source"]
+__all__ = ["Source", "check_loaded", "find_model_class", "load_source"]
 
 _NAMED = 10  # tensors in an error
 
@@ -119,12 +119,17 @@ def _load_model(path: Path, dtype: str | None, trust_remote_code: bool) -> Any:
         )
     finally:
         transformers.logging.set_verbosity(verbosity)
-    _check_loaded(path, loading)
+    check_loaded(path, loading)
     return model
 
 
-def _check_loaded(path: Path, loading: Mapping[str, Any]) -> None:
-    """Raises ValueError where weights were made up; warns of those that were left out."""
+def check_loaded(path: Path, loading: Mapping[str, Any]) -> None:
+    """Raises ValueError where weights were made up; warns of those that were left out.
+
+    Args:
+        path: the folder.
+        loading: what transformers says of it, as ``from_pretrained`` does with ``output_loading_info``.
+    """
     problems = [f"there is no {name}" for name in sorted(loading["missing_keys"])]
     problems += [
         f"{name} has shape {tuple(found)}, the model needs {tuple(expected)}"

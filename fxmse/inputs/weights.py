@@ -13,10 +13,24 @@ from torch import Tensor, nn
 
 from fxmse.capture.attributes import find_place
 from fxmse.inputs.folders import list_weight_files
-from fxmse.inputs.models import find_model_class
+from fxmse.inputs.models import check_loaded, find_model_class
 
 __all__ = ["Skeleton", "Weights", "load_skeleton"]
 
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _ALIGNMENT = 64  # bytes; kernels may add up in another order where memory begins elsewhere
 
 
@@ -98,12 +112,8 @@ def _find_tensors(path: Path) -> dict[str, Path]:
 
 def _find_dtype(files: Mapping[str, Path]) -> torch.dtype:
     """The dtype of the first tensor that is float, as transformers takes it."""
-    for name, file in files.items():
-        with safe_open(file, "pt") as opened:
-            dtype = opened.get_slice(name)[...].dtype
-        if dtype.is_floating_point:
-            return dtype
-    return torch.get_default_dtype()
+    dtypes = (_describe_tensor(file, name).dtype for name, file in files.items())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())
 
 
 class Weights:
@@ -149,13 +159,30 @@ class Weights:
         self.sizes: dict[str, int] = {}
         self.names = frozenset(self._sources)
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        if missing := [name for name in expected if self.resolve(name) not in self.names]:
-            raise ValueError(
-                f"{path} lacks {', '.join(missing[:3])}{', ...' if missing[3:] else ''} ({len(missing)} of "
-                f"{len(expected)} tensors of {type(model).__name__}): expected config.json to be of these weights"
-            )
-        self.unexpected = unexpected
         self._on_meta = copy.deepcopy(model).to("meta")
+        # Shapes are known of what is no more than described, and of what conversions make of it.
+        info = self._convert({key: _describe_tensor(file, key) for key, file in files.items()}, "meta")
+        loading = {
+            "missing_keys": {name for name in expected if self.resolve(name) not in self.names},
+            "mismatched_keys": set(info.mismatched_keys or ()),
+            "unexpected_keys": {name for name in unexpected if name in (info.unexpected_keys or ())},
+            "error_msgs": [*(info.error_msgs or ()), *(f"{n}: {e}" for n, e in (info.conversion_errors or {}).items())],
+        }
+        check_loaded(path, loading)
+
+    def _convert(self, tensors: Mapping[str, Tensor], device: str) -> Any:
+        """Has the model on the meta device hold what tensors of the folder become; what transformers says of it."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        config = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self._on_meta._get_dtype_plan(self.dtype),
+            weight_mapping=self._mapping,  # type: ignore[arg-type]
+            device_map={"": device},
+        )
+        with _silent():
+            return convert_and_load_state_dict_in_model(self._on_meta, dict(tensors), config)[0]
 
     def locate(self, model: nn.Module) -> None:
         """Takes note of where the parameters of ``model`` are."""
@@ -177,14 +204,7 @@ class Weights:
         return name if name in self.names else self._tied.get(name, name)
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by the model's names: memory-mapped where they are in the file as the model wants them.
-
-        Raises:
-            ValueError: a tensor of another shape than the model's.
-        """
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
+        """Tensors by the model's names: memory-mapped where they are in the file as the model wants them."""
         names = list(names)
         by_file: defaultdict[Path, list[str]] = defaultdict(list)
         for key in dict.fromkeys(key for name in names for key in self._sources[name]):
@@ -193,16 +213,8 @@ class Weights:
         for file, keys in by_file.items():
             with safe_open(file, "pt") as opened:
                 found |= {key: opened.get_tensor(key) for key in keys}
+        self._convert(found, "cpu")
         model = self._on_meta
-        config = LoadStateDictConfig(
-            dtype=self.dtype,
-            dtype_plan=model._get_dtype_plan(self.dtype),
-            weight_mapping=self._mapping,  # type: ignore[arg-type]
-        )
-        with _silent():
-            info, _ = convert_and_load_state_dict_in_model(model, found, config)
-        if info.mismatched_keys or info.error_msgs or info.conversion_errors:
-            raise ValueError(f"{self.path}: {_describe_faults(info)}")
         loaded = {}
         for name in names:
             path, _, leaf = name.rpartition(".")
@@ -238,14 +250,11 @@ def _forget(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
-def _describe_faults(info: Any) -> str:
-    """What transformers stumbled over, in one line."""
-    faults = [
-        f"{name} has shape {tuple(found)}, the model expects {tuple(expected)}"
-        for name, found, expected in info.mismatched_keys
-    ]
-    faults += [f"{name}: {error}" for name, error in (info.conversion_errors or {}).items()]
-    return "; ".join([*faults, *map(str, info.error_msgs or ())][:3])
+def _describe_tensor(file: Path, key: str) -> Tensor:
+    """A tensor of a file without its values."""
+    with safe_open(file, "pt") as opened:
+        piece = opened.get_slice(key)
+    return torch.empty(piece.get_shape(), dtype=_DTYPES[piece.get_dtype()], device="meta")
 
 
 @contextmanager
