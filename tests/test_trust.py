@@ -580,7 +580,17 @@ def test_what_is_cleaned_stays_as_it_is(program):
 
 # Calls that read files, run strings or look classes up by name, and where they may be.
 READERS = {
-    "open": {"fxmse.inputs.archive", "fxmse.inputs.data"},  # a mapped file, an image
+    "open": {
+        "fxmse.inputs.archive",  # a mapped file
+        "fxmse.inputs.data",  # an image
+        *(
+            "fxmse.cli",
+            "fxmse.outputs.exporting",
+            "fxmse.outputs.files",
+            "fxmse.outputs.workplaces",
+        ),  # to write or lock
+        *("fxmse.streaming.activations", "fxmse.streaming.work"),  # so do these
+    },
     "mmap": {"fxmse.inputs.archive"},
     "ZipFile": {"fxmse.inputs.archive"},
     "read_text": {"fxmse.reading", "fxmse.config", "fxmse.inputs.data", "fxmse.cli"},  # all by fxmse.reading
@@ -605,13 +615,17 @@ READERS = {
         "fxmse.inputs.program_json",
         "fxmse.inputs.programs",
         "fxmse.observers.searches",
+        "fxmse.observers.states",
         "fxmse.calibration.ranks",
     },
     "safe_load": {"fxmse.config"},
     "from_pretrained": {"fxmse.inputs.folders"},
     "from_pretrained_model": {"fxmse.outputs.checkpoint", "fxmse.outputs.shards"},  # a model in memory
     "copyfile": {"fxmse.outputs.checkpoint"},
-    "get_value_from_registry": {"fxmse.observers.base", "fxmse.inputs.qparams"},  # the last of an enumeration
+    "get_value_from_registry": {
+        "fxmse.observers.base",
+        *("fxmse.inputs.qparams", "fxmse.outputs.shards"),  # of an enumeration
+    },
     "import_module": set(),
     "__import__": set(),
     "eval": {"fxmse.inputs.models", "fxmse.inputs.weights", "fxmse.capture.front_ends"},  # of modules
