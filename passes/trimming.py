@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fxmse.capture.attributes import find_regions
@@ -58,7 +59,10 @@ def _watches(graph_module: GraphModule, node: Node) -> bool:
     called = find_called(graph_module, node)
     if isinstance(called, Inputs) or (isinstance(called, Probe) and not called.is_weight):
         return True
-    return any(_list_watchers(region) for region in find_regions(graph_module, node))
+    # What opens and closes a vmap acts on all that is between, and gives nothing back.
+    is_layer = (getattr(node.target, "__module__", None) or "").startswith(("torch._functorch", "torch._C._functorch"))
+    is_layer &= node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
+    return is_layer or any(_list_watchers(region) for region in find_regions(graph_module, node))
 
 
 def _find_sources(graph_module: GraphModule, nodes: Iterable[Node]) -> set[Node]:
