@@ -170,7 +170,8 @@ class Layout:
 
 def _as_rows(value: Tensor) -> Tensor:
     """All elements as [O, 1, G], G long enough to vectorise; a view of any dense value, whatever its order."""
-    strides, order = value.stride(), list[int]()
+    strides = value.stride()
+    order: list[int] = []
     for dim in range(value.dim()):  # sorted by hand: Dynamo sorts no sizes that vary
         place = 0
         while place < len(order) and strides[order[place]] >= strides[dim]:
