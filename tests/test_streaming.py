@@ -146,6 +146,8 @@ def test_what_cannot_be_gone_on_with_is_said(tmp_path, monkeypatch):
         quantize(batches[::-1], part_size=1)
     with pytest.raises(ValueError, match="something else as part_size"):
         quantize(part_size=2)
+    with pytest.raises(ValueError, match="something else as dtype"):
+        quantize(part_size=1, dtype=torch.bfloat16)
     with Work(out), pytest.raises(ValueError, match="another process is writing"):
         quantize(part_size=1)
     (tmp_path / ".out.fxmse" / "activations" / "00002" / "00000000.pt").write_bytes(b"")
