@@ -46,7 +46,7 @@ class StreamOptions:
         part_size: bytes of weights that a part has at most, where that can be: one weight is not cut, and layers that
             share an observer are calibrated together.
         propagate: what a part is calibrated on: "float", the values of the float model, or "quantized", those that the
-            quantized parts before it compute.
+            quantized parts before it compute. Within a part values are those of its float weights.
         moe_calibrate_all_experts: as for ``fxmse.prepare``.
         bias_correction: as for ``fxmse.prepare``.
         reports: whether weights are measured once they are quantized.
