@@ -1,8 +1,9 @@
 """How much quantization changes a value: sums of squares, in blocks that stay in a cache."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -11,12 +12,16 @@ from torch import Tensor
 from fxmse.formats.layout import Layout, enlarge
 from fxmse.observers.base import Observer
 from fxmse.observers.states import State
-from fxmse.search.tiles import Range, cover_ranges, measure_range
+from fxmse.ops import FAKE_QUANTIZE
+from fxmse.search.compiling import pays_to_compile, run
+from fxmse.search.tiles import Range, cover_ranges, cut_groups
 
 __all__ = ["Noise", "find_scale", "measure_weight", "sum_noise"]
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 20
 """Elements of a block, for a CPU's caches: 1 MiB of float32. ``enlarge`` it."""
+# What a sum takes uncompiled, in errors of the search, and more, as its graph is compiled sooner than those.
+_WORK = 16
 # Between these a sum of squares in float32 has all of its bits, and so have the squares that count in it.
 _SMALLEST, _LARGEST = 2.0**-80, 2.0**120
 
@@ -55,51 +60,104 @@ def sum_noise(value: Tensor, quantized: Tensor) -> Noise:
 
 
 def _sum_block(value: Tensor, quantized: Tensor, dtype: torch.dtype) -> Noise:
-    value = value.to(dtype)
-    error = quantized.to(dtype) - value
+    value, quantized = value.flatten().to(dtype), quantized.flatten().to(dtype)
+    error = quantized - value
     return Noise(torch.dot(value, value).item(), torch.dot(error, error).item())
 
 
-def measure_weight(
-    weight: Tensor, qparams: Sequence[Tensor | None], args: QuantizationArgs, quantize: Callable[..., Tensor]
-) -> tuple[Noise, Tensor]:
+@dataclass(frozen=True)
+class _Problem:
+    """What a graph of the sums is made for.
+
+    Attributes:
+        num_bits: of a :class:`fxmse.formats.grids.Grid`.
+        type: "int" or "float".
+        keeps_dtype: whether what was quantized has the value's dtype, not the scale's.
+    """
+
+    num_bits: int
+    type: str
+    keeps_dtype: bool
+
+
+def measure_weight(weight: Tensor, qparams: Sequence[Tensor | None], args: QuantizationArgs) -> tuple[Noise, Tensor]:
     """What quantization does to a weight, which is read once and never copied as a whole.
 
     Args:
         weight: shape (..., out, in), float.
         qparams: scale, zero point and global scale as they are stored; of one element, or of as many for each matrix.
         args: the format.
-        quantize: from rows of the weight and their qparams to what they are quantized to.
 
     Returns:
         The sums, and the scale that the smallest and the largest value of each group would have, less the global one.
     """
     observer = Observer.load_from_registry("static_minmax", base_name="weight", args=args)
-    layout, noise = observer.layout, Noise()
-    by_matrix: list[Range] = []
-    for matrix in _cut(weight, qparams, layout):
-        ranges = []
-        for rows, *cut_qparams in matrix:
-            noise = noise.plus(sum_noise(rows, quantize(rows, *cut_qparams)))
-            ranges.append(measure_range(rows, layout))
-        by_matrix.append(_join(ranges))
-    groups = _join(by_matrix)
-    whole = [Range(range.min.amin().reshape(1), range.max.amax().reshape(1)) for range in by_matrix]
-    state = State(like=weight.new_empty(0))
-    if layout.strategy in ("tensor", "tensor_group"):
-        shape = layout.as_one_group().qparam_shape(weight.shape)
-        one = _join(whole) if math.prod(shape) == len(whole) else cover_ranges(whole)
-        one = Range(one.min.reshape(shape), one.max.reshape(shape))
-        state = state.with_range(one) if layout.strategy == "tensor" else state.with_global_range(one)
-    if layout.strategy != "tensor":
-        shape = layout.qparam_shape(weight.shape)
-        state = state.with_range(Range(groups.min.reshape(shape), groups.max.reshape(shape)))
+    layout = observer.layout
+    shape = layout.qparam_shape(weight.shape)
+    assert args.num_bits
+    problem = _Problem(args.num_bits, str(args.type), layout.strategy in ("group", "tensor_group"))
+    is_compiled = pays_to_compile(problem, weight, _WORK)
+    noise, ranges = Noise(), []
+    for values_OQPG, own in _cut(weight, layout, qparams, shape):
+        found = []
+        for part in values_OQPG.split(_count_rows(values_OQPG)):
+            sums, *ends = run(is_compiled, _measure_tile, problem, part, *own)
+            block = Noise(*sums.tolist())
+            if not all(_SMALLEST < part < _LARGEST for part in block):
+                block = _sum_block(part, _quantize(problem, part, *own), torch.float64)
+            noise = noise.plus(block)
+            found.append(Range(*ends))
+        ranges.append(cover_ranges(found))
+    groups = Range(*(torch.cat(ends).reshape(shape) for ends in zip(*ranges, strict=True)))
+    state = State(like=weight.new_empty(0)).with_range(groups)
+    if layout.strategy == "tensor_group":
+        global_shape = layout.as_one_group().qparam_shape(weight.shape)
+        min, max = (end.reshape(math.prod(global_shape), -1) for end in groups)
+        whole = Range(min.amin(1).reshape(global_shape), max.amax(1).reshape(global_shape))
+        state = state.with_global_range(whole)
     observer.state = state
     return noise, find_scale(observer)
 
 
-def _join(ranges: Sequence[Range]) -> Range:
-    return Range(torch.cat([range.min for range in ranges]), torch.cat([range.max for range in ranges]))
+def _cut(
+    weight: Tensor, layout: Layout, qparams: Sequence[Tensor | None], shape: tuple[int, ...]
+) -> Iterator[tuple[Tensor, list[Tensor | None]]]:
+    """A weight's tiles, and beside each the qparams of its groups, [Q, 1, 1], or of one element."""
+    groups = [None if q is None else q if q.numel() == 1 else q.expand(shape).flatten() for q in qparams]
+    group_size = weight.numel() // math.prod(shape)
+    start = 0
+    for tile in layout.tiles(weight, max(1, enlarge(_BLOCK, weight.device) // group_size)):
+        values_OQPG = cut_groups(tile, None).values_OQPG
+        shape_Q11 = (*values_OQPG.shape[1:-2], 1, 1)
+        end = start + math.prod(shape_Q11)
+        yield values_OQPG, [q if q is None or q.numel() == 1 else q[start:end].reshape(shape_Q11) for q in groups]
+        start = end
+
+
+def _count_rows(values_OQPG: Tensor) -> int:
+    """Observations of a block."""
+    return max(1, enlarge(_BLOCK, values_OQPG.device) // values_OQPG[0].numel())
+
+
+def _measure_tile(
+    problem: _Problem, values_OQPG: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of a tile, [2] in float64, and the smallest and the largest value of each group, [Q] in float32.
+
+    A row's are found in one pass, in float32.
+    """
+    quantized = _quantize(problem, values_OQPG, scale, zero_point, global_scale)
+    value = values_OQPG.to(torch.promote_types(values_OQPG.dtype, torch.float32))
+    error = quantized.to(value.dtype) - value
+    sums = [(part * part).sum((-2, -1)).sum(dtype=torch.float64) for part in (value, error)]
+    min, max = value.amin((-2, -1)).amin(0), value.amax((-2, -1)).amax(0)
+    return torch.stack(sums), min.flatten().float(), max.flatten().float()
+
+
+def _quantize(problem: _Problem, values_OQPG: Tensor, *qparams: Tensor | None) -> Tensor:
+    # Of any value that the scale broadcasts to, a channel is the strategy.
+    quantized = FAKE_QUANTIZE(values_OQPG, *qparams, problem.num_bits, problem.type, "channel")
+    return quantized.to(values_OQPG.dtype) if problem.keeps_dtype else quantized
 
 
 def find_scale(observer: Observer) -> Tensor:
@@ -108,26 +166,3 @@ def find_scale(observer: Observer) -> Tensor:
     scale, global_scale = qparams["scale"], qparams["global_scale"]
     assert scale is not None
     return scale if global_scale is None else scale / global_scale
-
-
-def _cut(weight: Tensor, qparams: Sequence[Tensor | None], layout: Layout) -> Iterator[Iterator[tuple[Any, ...]]]:
-    """Of each matrix of a weight its blocks of rows, each with its part of the qparams."""
-    height = layout.block_structure[0] if layout.block_structure else 1
-    matrices = _as_matrices(weight)
-    num_rows = height * max(1, enlarge(_BLOCK, weight.device) // (height * matrices.shape[-1]))
-
-    def cut(qparam: Tensor | None, place: int, start: int) -> Tensor | None:
-        if qparam is None or qparam.numel() == 1:
-            return qparam
-        part = _as_matrices(qparam)[place]
-        return part if len(part) == 1 else part[start // height : -(-(start + num_rows) // height)]
-
-    for place, matrix in enumerate(matrices):
-        yield (
-            (matrix[start : start + num_rows], *(cut(qparam, place, start) for qparam in qparams))
-            for start in range(0, len(matrix), num_rows)
-        )
-
-
-def _as_matrices(value: Tensor) -> Tensor:
-    return value.reshape(-1, *value.shape[-2:]) if value.dim() > 1 else value.reshape(1, 1, -1)

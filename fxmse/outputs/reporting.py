@@ -136,13 +136,8 @@ class _Recorder(nn.Module):
 
     def measure(self, weight: Tensor, *arguments: Any) -> None:
         """Looks at a weight, once; takes the arguments of its node."""
-        qparams, format = arguments[:3], arguments[3:]
-
-        def quantize(rows: Tensor, *cut: Tensor | None) -> Tensor:
-            return FAKE_QUANTIZE(rows, *cut, *format)
-
         self.has_seen = True
-        self.noise, self.minmax_scale = measure_weight(weight, qparams, self.args, quantize)
+        self.noise, self.minmax_scale = measure_weight(weight, arguments[:3], self.args)
 
     def forward(self, x: Tensor, quantized: Tensor) -> Tensor:
         self.has_seen = True
