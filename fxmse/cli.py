@@ -34,7 +34,7 @@ from fxmse.outputs.space import check_space, estimate_checkpoint, estimate_progr
 from fxmse.outputs.summaries import COLUMNS, as_json, format_sites
 from fxmse.pipeline import calibrate, convert, prepare
 from fxmse.reading import check_link, read_text
-from fxmse.streaming.quantizing import StreamOptions, plan_job, run_job
+from fxmse.streaming.quantizing import StreamOptions, Workers, plan_job, run_job
 from fxmse.streaming.work import Work
 
 __all__ = ["main"]
@@ -160,7 +160,11 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype", choices=_DTYPES, help="what a folder's weights are loaded in (default: as they are stored)"
     )
-    command.add_argument("--device", metavar="NAME", help="where to work, as cuda (default: where the model is loaded)")
+    command.add_argument(
+        "--device",
+        metavar="NAME",
+        help="where to work, as cuda (default: the CPU); under torchrun each process has one of its own",
+    )
     command.add_argument(
         "--report",
         choices=("none", "summary", "full"),
@@ -236,7 +240,7 @@ def _quantize(options: argparse.Namespace) -> None:
     )
     if not _is_program(options.out):
         config = _ignore_tied(config, source.model)
-    batches = _read_batches(options, source)
+    batches = [_move(batch, options.device) for batch in _read_batches(options, source)]
     example = batches[0] if batches else _move(source.make_example(), options.device)
     with _name_data(options):
         observed = prepare(source.module, config, example, bias_correction=options.bias_correction)
@@ -267,7 +271,7 @@ def _summarise(options: argparse.Namespace, sites: list[SiteReport], num_batches
 
 def _is_streamed(options: argparse.Namespace) -> bool:
     """Whether a model goes from folder to folder part by part: but for what needs all of it in memory."""
-    return not _is_program(options.out) and options.report != "full" and options.device is None
+    return not _is_program(options.out) and options.report != "full"
 
 
 def _stream(options: argparse.Namespace, config: QuantizationConfig, start: float) -> None:
@@ -279,6 +283,7 @@ def _stream(options: argparse.Namespace, config: QuantizationConfig, start: floa
         propagate=options.propagate, bias_correction=options.bias_correction, reports=options.report == "summary"
     )
     summary: dict[str, Any] = {}
+    workers, rank, num_ranks = _find_workers(options.device)
 
     def make_files(sites: list[SiteReport]) -> dict[str, str]:
         summary.update(_summarise(options, sites, len(batches), start))
@@ -286,8 +291,28 @@ def _stream(options: argparse.Namespace, config: QuantizationConfig, start: floa
 
     with _name_data(options):
         job = plan_job(skeleton, config, *batches[:1], options=stream_options)
-        run_job(job, batches, options.out, resume=options.resume, progress=True, make_files=make_files)
-    _print(_format(summary, options.json))
+        run_job(
+            job,
+            batches[rank::num_ranks],
+            options.out,
+            resume=options.resume,
+            progress=True,
+            make_files=make_files,
+            workers=workers,
+        )
+    if summary:
+        _print(_format(summary, options.json))
+
+
+def _find_workers(device: str | None) -> tuple[Workers, int, int]:
+    """The processes that torchrun started, the number of this one and how many there are."""
+    if not torch.distributed.is_torchelastic_launched():
+        return Workers(device=device), 0, 1
+    torch.distributed.init_process_group("gloo")  # what passes between processes is small
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    own = device if device in (None, "cpu") or ":" in device else f"{device}:{os.environ['LOCAL_RANK']}"
+    return Workers(device=own, group=group), group.rank(), group.size()
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -376,7 +401,9 @@ def _check_paths(options: argparse.Namespace) -> None:
     else:
         check_replaceable(options.out, options.model)
     if options.propagate != "float" and not _is_streamed(options):
-        raise ValueError("--propagate is for a folder that is written part by part: no .pt2, --device or --report full")
+        raise ValueError("--propagate is for a folder that is written part by part: no .pt2 or --report full")
+    if torch.distributed.is_torchelastic_launched() and not _is_streamed(options):
+        raise ValueError("torchrun is for a folder that is written part by part: no .pt2 or --report full")
     if options.bias_correction and options.data is None:
         raise ValueError("--bias-correction needs the means of inputs: give --data")
     options.before = _identify(options.out)
@@ -394,7 +421,7 @@ def _read_batches(options: argparse.Namespace, source: Source) -> list[Any]:
         choice=Choice(options.num_samples, options.seed),
         trust_remote_code=options.trust_remote_code,
     )
-    batches = [_move(batch, options.device) for batch in batches[: options.max_batches]]
+    batches = batches[: options.max_batches]
     if source.model is not None:
         batches = [take_inputs(batch, options.data, source.model) for batch in batches]
     if source.program is not None:

@@ -40,6 +40,7 @@ The passes:
 - ``decompose_attention``: fused attention becomes the products that it is made of.
 - ``insert_observers``: probes on the values that a config wants quantized.
 - ``fold_fake_quant``: probes become fake-quantize nodes.
+- ``move_to_device``: a graph computes on another device.
 - ``int8_patterns``: Inductor's patterns for the next one.
 - ``lower_to_qdq``: int8 fake-quantize nodes become pairs for Inductor's kernels.
 """
@@ -52,6 +53,7 @@ from fxmse.passes.functionalize_modules import FunctionalizeModules
 from fxmse.passes.inline_regions import InlineRegions
 from fxmse.passes.insert_observers import InsertObservers
 from fxmse.passes.lower_to_qdq import LowerToQDQ
+from fxmse.passes.move_to_device import MoveToDevice
 from fxmse.passes.open_regions import OpenRegions
 
 __all__ = [
@@ -63,5 +65,6 @@ __all__ = [
     "InlineRegions",
     "InsertObservers",
     "LowerToQDQ",
+    "MoveToDevice",
     "OpenRegions",
 ]

@@ -9,9 +9,11 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from processes import Processes
 from safetensors.torch import load_file, save_file
 
 import fxmse
+from fxmse.calibration.ranks import Alone
 from fxmse.observers import Observer
 from fxmse.outputs.shards import Shards, _compress
 from fxmse.passes.probe import find_probes
@@ -149,9 +151,9 @@ def test_what_cannot_be_gone_on_with_is_said(tmp_path, monkeypatch):
         quantize(part_size=2)
     with pytest.raises(ValueError, match="something else as dtype"):
         quantize(part_size=1, dtype=torch.bfloat16)
-    with Work(out), pytest.raises(ValueError, match="another process is writing"):
+    with Work(out, Alone()), pytest.raises(ValueError, match="another process is writing"):
         quantize(part_size=1)
-    (tmp_path / ".out.fxmse" / "activations" / "00002" / "00000000.pt").write_bytes(b"")
+    (tmp_path / ".out.fxmse" / "activations-0" / "00002" / "00000000.pt").write_bytes(b"")
     with pytest.warns(UserWarning, match="starting anew"), pytest.raises(KeyboardInterrupt):
         quantize(part_size=1)
     record = tmp_path / ".out.fxmse" / "run.json"
@@ -199,6 +201,43 @@ def _run_to(graph_module, node, batch):
 
     Interpreter(graph_module).run(*batch.values())
     return values[node]
+
+
+def quantize_in_processes(folder, batches, out, *, ends_at=None, config=None):
+    """One process's part of the work, which may end in the middle of it."""
+    import torch.distributed as dist
+
+    note = Work.note
+
+    def end(work, *arguments):
+        if len(work.done) == ends_at:
+            raise RuntimeError("no power")
+        note(work, *arguments)
+
+    Work.note = end
+    try:
+        fxmse.quantize_checkpoint(folder, config, batches, out=out, part_size=1, progress=False, group=dist.group.WORLD)
+    finally:
+        Work.note = note
+
+
+def test_several_processes_write_what_one_does(tmp_path):
+    save_model("Llama", tmp_path / "float")
+    batches, config = make_batches("Llama"), make_config("FP8")
+    config.config_groups["group"].input_activations.observer = "static_minmax"
+    fxmse.quantize_checkpoint(tmp_path / "float", config, batches, out=tmp_path / "alone", part_size=1, progress=False)
+    common = {"folder": tmp_path / "float", "out": tmp_path / "out", "config": config}
+    shards = [{"batches": [batch]} for batch in batches]
+    with Processes(2) as processes:
+        # The second one ends after three parts; then both go on.
+        found = processes(quantize_in_processes, [shards[0], {**shards[1], "ends_at": 3}], **common)
+        assert "rank 1 failed: RuntimeError: no power" in str(found[0])
+        record = json.loads((tmp_path / ".out.fxmse" / "run.json").read_text())
+        assert len(record["parts"]) == 3
+        assert not (tmp_path / "out").exists()
+        processes(quantize_in_processes, shards, **common)
+    check_equal(tmp_path / "out", tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "float", "out"]
 
 
 def test_space_is_looked_for_first(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["RankError", "Ranks", "Tensors", "check_group"]
+__all__ = ["Alone", "RankError", "Ranks", "Tensors", "check_group", "join"]
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 T = TypeVar("T")
@@ -49,6 +49,32 @@ def check_group(group: object) -> "dist.ProcessGroup | None":
             "torch.distributed.group.WORLD after init_process_group"
         )
     return group if group.size() > 1 else None
+
+
+class Alone:
+    """The one process that works where there is no group, for who would talk to :class:`Ranks`.
+
+    Attributes:
+        rank: 0.
+        size: 1.
+    """
+
+    rank, size = 0, 1
+
+    def __enter__(self) -> "Alone":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nobody has to be told."""
+
+    def meet(self, note: object = None) -> list[Any]:
+        """The notes of all that are there."""
+        return [note]
+
+
+def join(group: "dist.ProcessGroup | None", timeout: timedelta) -> "Ranks | Alone":
+    """The processes of ``group``, or this one."""
+    return Alone() if group is None else Ranks(group, timeout)
 
 
 class Ranks:

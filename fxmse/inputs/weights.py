@@ -239,15 +239,19 @@ class Weights:
             raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is none of the tensors of {self.path}")
         return name
 
-    def fill(self, parameters: Mapping[str, nn.Parameter], *, align: bool) -> None:
-        """Has parameters hold their values.
+    def fill(self, parameters: Mapping[str, nn.Parameter], *, align: bool, device: torch.device) -> dict[str, Tensor]:
+        """Has parameters hold their values, and returns these as they are in memory.
 
         Args:
             parameters: by their names, as :meth:`find` gives them.
             align: whether memory begins where an allocation of torch would, so that sums are the same to the last bit.
+            device: of the parameters.
         """
-        for name, tensor in self.load(parameters).items():
-            parameters[name].data = tensor.clone() if align and tensor.data_ptr() % _ALIGNMENT else tensor
+        loaded = self.load(parameters)
+        for name, tensor in loaded.items():
+            loaded[name] = tensor.clone() if align and tensor.data_ptr() % _ALIGNMENT else tensor
+            parameters[name].data = loaded[name].to(device)
+        return loaded
 
 
 def _forget(tensor: Tensor) -> Tensor:

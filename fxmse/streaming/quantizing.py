@@ -5,17 +5,20 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from fxmse.calibration.observing import check_batches, observe_batches
 from fxmse.calibration.progress import Peeked
+from fxmse.calibration.ranks import check_group, join
 from fxmse.capture.front_ends import split_inputs
 from fxmse.config import CONFIG_KEY, Config, Site
 from fxmse.inputs.weights import Skeleton, load_skeleton
@@ -24,6 +27,7 @@ from fxmse.outputs.experts import Sites
 from fxmse.outputs.reporting import SiteReport, report
 from fxmse.outputs.shards import Shards
 from fxmse.outputs.space import check_space
+from fxmse.passes.move_to_device import MoveToDevice
 from fxmse.passes.parts import Part, cut, make_entry
 from fxmse.passes.probe import find_probes
 from fxmse.passes.trimming import observes_activations
@@ -32,9 +36,13 @@ from fxmse.streaming.activations import Activations
 from fxmse.streaming.fingerprints import describe_run, hash_batches
 from fxmse.streaming.work import Work
 
-__all__ = ["Job", "StreamOptions", "plan_job", "quantize_checkpoint", "run_job"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Job", "StreamOptions", "Workers", "plan_job", "quantize_checkpoint", "run_job"]
 
 _PART_SIZE = 1 << 29
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +77,32 @@ class StreamOptions:
             raise ValueError(f"part_size={self.part_size!r}: expected a number of bytes")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """What works on a model, none of which changes what comes out.
+
+    Attributes:
+        device: what parts are run and searched on; by default where transformers loads a model: the CPU.
+        group: the processes that do it together, as for ``fxmse.calibrate``.
+        timeout: with ``group``, how long one waits for another.
+
+    Raises:
+        ValueError: a device that torch does not know, or a group that this process is not in.
+    """
+
+    device: str | torch.device | None = None
+    group: "ProcessGroup | None" = None
+    timeout: timedelta = timedelta(minutes=30)
+
+    def __post_init__(self) -> None:
+        check_group(self.group)
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"device={self.device!r}: expected one that torch knows, as 'cuda': {reason}") from None
+
+
 @torch.no_grad()
 def quantize_checkpoint(
     folder: str | os.PathLike[str],
@@ -81,6 +115,9 @@ def quantize_checkpoint(
     trust_remote_code: bool = False,
     progress: bool = True,
     extra_files: Mapping[str, str] | None = None,
+    device: str | torch.device | None = None,
+    group: "ProcessGroup | None" = None,
+    timeout: timedelta = timedelta(minutes=30),
     **options: Any,
 ) -> None:
     """Quantizes a model that need not fit into memory: from a Hugging Face folder to a compressed-tensors checkpoint.
@@ -91,17 +128,23 @@ def quantize_checkpoint(
 
     A run that ends early leaves what it has done in a hidden folder beside ``out``: the same call goes on from there.
 
+    With ``group`` several processes do it together, each of which calls this with its part of the data: searches are
+    shared out, what they saw is merged as by ``fxmse.calibrate``, and the first one writes. They see one file system.
+
     Args:
         folder: config.json and safetensors, in one file or several.
         config: as for ``fxmse.prepare``.
         batches: as for ``fxmse.calibrate``. They are run through only where activations are observed; what passes
-            between parts is kept in files beside ``out``.
+            between parts is kept in files beside ``out``. With ``group``, this process's part, at least one.
         out: the checkpoint's folder; a quantized checkpoint that is there is replaced once the new one is complete.
         dtype: of the model; by default what transformers would load it in.
         resume: go on with what an earlier call with the same arguments has done; otherwise that is removed.
         trust_remote_code: run the code that the folder has for models that transformers has no class of.
         progress: show a progress bar.
         extra_files: the contents of more files for the checkpoint, by name.
+        device: what parts are run and searched on, as "cuda"; their weights are moved there one part after the other.
+        group: the processes that do this together, as for ``fxmse.calibrate``.
+        timeout: with ``group``, how long one waits for another.
         options: those of :class:`StreamOptions`.
 
     Raises:
@@ -110,12 +153,14 @@ def quantize_checkpoint(
             arguments.
     """
     stream_options, out = StreamOptions(**options), Path(out)
+    workers = Workers(device=device, group=group, timeout=timeout)
     check_batches(batches)
     check_replaceable(out, folder)
     skeleton = load_skeleton(Path(folder), dtype, trust_remote_code=trust_remote_code)
     peeked = Peeked(batches)
     job = plan_job(skeleton, config, *peeked.first, options=stream_options)
-    run_job(job, peeked, out, resume=resume, progress=progress, make_files=lambda _: extra_files or {})
+    make_files = lambda _: extra_files or {}  # noqa: E731
+    run_job(job, peeked, out, resume=resume, progress=progress, make_files=make_files, workers=workers)
 
 
 class Job(NamedTuple):
@@ -191,6 +236,7 @@ def run_job(
     resume: bool,
     progress: bool,
     make_files: Callable[[list[SiteReport]], Mapping[str, str]],
+    workers: Workers,
 ) -> list[SiteReport]:
     """Does what :func:`quantize_checkpoint` promises, and returns the reports of weights, where they were asked for.
 
@@ -201,32 +247,36 @@ def run_job(
         resume: as for :func:`quantize_checkpoint`.
         progress: show a progress bar.
         make_files: called with the reports; gives the contents of more files for the checkpoint, by name.
+        workers: what works on it; of several processes the first has the reports.
     """
     peeked = Peeked(batches)
     if job.is_observed and not peeked.first:
         raise ValueError("no batches: the config has values that data has to be shown to")
     check_space(out, job.num_bytes)
     path = job.skeleton.path
-    with Work(out) as work:
+    with join(check_group(workers.group), workers.timeout) as ranks, Work(out, ranks) as work:
         if not resume:
             work.clear()
         digest = hashlib.sha256()
         if job.is_observed:
             _enter(work, job, hash_batches(peeked, digest))
-        facts = {"data": digest.hexdigest(), "dtype": job.skeleton.weights.dtype, **asdict(job.options)}
+        data = ranks.meet(digest.hexdigest())
+        facts = {"data": data, "dtype": job.skeleton.weights.dtype, **asdict(job.options)}
         work.resume(describe_run(path, job.config, **facts))
-        run = _Run(work, job)
+        run = _Run(work, job, workers)
         sizes = [run.count(number) for number in range(len(run.own))]
-        with tqdm(total=sum(sizes), desc="quantize", unit="B", unit_scale=True, disable=not progress) as bar:
+        is_shown = progress and work.is_first
+        with tqdm(total=sum(sizes), desc="quantize", unit="B", unit_scale=True, disable=not is_shown) as bar:
             for number, size in enumerate(sizes):
                 if number >= len(work.done):
                     run.quantize(number)
                 bar.update(size)
-        job.shards.write_index(work.folder, [file for part in work.done for file in part["files"]])
-        copy_tokenizer(path, work.folder)
         reports = [SiteReport(**fields) for part in work.done for fields in part["reports"]]
-        for name, content in make_files(reports).items():
-            (work.folder / name).write_text(content)
+        if work.is_first:
+            job.shards.write_index(work.folder, [file for part in work.done for file in part["files"]])
+            copy_tokenizer(path, work.folder)
+            for name, content in make_files(reports).items():
+                (work.folder / name).write_text(content)
         work.finish()
     return reports
 
@@ -242,8 +292,10 @@ def _enter(work: Work, job: Job, batches: Iterable[Any]) -> None:
 class _Run:
     """The parts of a model, and behind them what no part reads."""
 
-    def __init__(self, work: Work, job: Job) -> None:
+    def __init__(self, work: Work, job: Job, workers: Workers) -> None:
         self.work, self.weights, self.shards = work, job.skeleton.weights, job.shards
+        self.device = torch.device(workers.device or "cpu")
+        self.together: dict[str, Any] = {"group": workers.group, "timeout": workers.timeout, "progress": False}
         self.parts: list[Part | None] = list(job.parts)
         job.parts.clear()
         self.propagate = job.options.propagate if job.is_observed else ""
@@ -275,10 +327,10 @@ class _Run:
             loaded, sites, reports = self._calibrate(number)
         known = {site for part in self.work.done for site in part["sites"]}
         sites = {site: qparams for site, qparams in sites.items() if site not in known}
-        loaded |= self.weights.load([name for name in self.own[number] if name not in loaded])
-        own = {name: loaded[name] for name in self.own[number]}
         files = []
-        if own or sites:
+        if self.work.is_first and (self.own[number] or sites):
+            loaded |= self.weights.load([name for name in self.own[number] if name not in loaded])
+            own = {name: loaded[name] for name in self.own[number]}
             files = [f"model-{number + 1:05}-of-{len(self.own):05}.safetensors"]
             self.shards.write(own, sites, self.work.folder / files[0])
         note = {
@@ -296,24 +348,25 @@ class _Run:
         hollow = {name: parameter.data for name, parameter in parameters.items()}
         observes = bool(self.propagate) and observes_activations(part.graph_module)
         runs = bool(self.propagate) and (observes or bool(part.carried))
-        self.weights.fill(parameters, align=runs)
+        MoveToDevice(self.device)(part.graph_module)
+        tensors = self.weights.fill(parameters, align=runs, device=self.device)
         self.work.activations.drop(number + 1)  # of a run that was ended
         try:
-            feed = _Feed(self.work.activations, number, part)
+            feed = _Feed(self.work.activations, number, part, self.device)
             on_outputs = feed.keep if self.propagate == "float" else None
             has_probes = any(find_probes(part.graph_module))
             if has_probes:
-                calibrate(part.graph_module, feed if runs else (), progress=False, on_outputs=on_outputs)
+                calibrate(part.graph_module, feed if runs else (), on_outputs=on_outputs, **self.together)
             elif runs and on_outputs:
                 observe_batches(part.graph_module, feed, False, on_outputs)
-            quantized = convert(part.graph_module, progress=False) if has_probes else part.graph_module
+            quantized = convert(part.graph_module, **self.together) if has_probes else part.graph_module
             if runs and self.propagate == "quantized":
                 observe_batches(quantized, feed, False, feed.keep)
-            tensors = {name: parameter.data for name, parameter in parameters.items()}
             sites = read_sites(quantized)[0] if has_probes else {}
             biases = read_biases(quantized, sites)
-            reports = report(quantized) if self.reports and has_probes else []
-            return tensors | {name: bias for name, bias in biases.items() if name in tensors}, sites, reports
+            tensors |= {name: bias for name, bias in biases.items() if name in tensors}
+            reports = report(quantized) if self.reports and self.work.is_first and has_probes else []
+            return _move(tensors, _CPU), _move(sites, _CPU), reports
         finally:
             for name, parameter in parameters.items():
                 parameter.data = hollow[name]
@@ -322,18 +375,22 @@ class _Run:
 class _Feed:
     """A part's inputs, batch by batch, as often as they are asked for; and what becomes of what it returns."""
 
-    def __init__(self, activations: Activations, number: int, part: Part) -> None:
-        self.activations, self.number, self.part = activations, number, part
+    def __init__(self, activations: Activations, number: int, part: Part, device: torch.device) -> None:
+        self.activations, self.number, self.part, self.device = activations, number, part, device
         self._values: dict[str, Any] = {}
         self._batch = -1
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         for batch, values in enumerate(self.activations.read_all(self.number)):
             self._batch, self._values = batch, values
-            yield tuple(self._values.get(name) for name in self.part.inputs)
+            yield tuple(_move(self._values.get(name), self.device) for name in self.part.inputs)
 
     def keep(self, outputs: tuple[Any, ...]) -> None:
         """Keeps what passes to the next part: of this part's outputs, and of what passed to it."""
-        known = self._values | dict(zip(self.part.outputs, outputs, strict=True))
+        known = self._values | dict(zip(self.part.outputs, _move(outputs, _CPU), strict=True))
         carried = {name: known[name] for name in self.part.carried}
         self.activations.write(self.number + 1, self._batch, carried)
+
+
+def _move(values: Any, device: torch.device) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), values)

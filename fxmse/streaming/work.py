@@ -7,8 +7,9 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from fxmse.calibration.ranks import Alone, Ranks
 from fxmse.outputs.checkpoint import keep_others, link
 from fxmse.outputs.files import replace_file, replace_folder
 from fxmse.reading import read_json
@@ -22,36 +23,38 @@ _LOCK = "lock"
 
 
 class Work:
-    """A hidden folder beside the checkpoint to be, held by one process at a time.
+    """A hidden folder beside the checkpoint to be, held by one process at a time, or by those of one group.
+
+    The first of these keeps the record and writes the checkpoint; each has activations of its own.
 
     Args:
         out: where the checkpoint will be.
+        ranks: the processes that work on it.
 
     Attributes:
         folder: what becomes the checkpoint.
-        activations: what passes between parts.
+        activations: what passes between parts, of this process's data.
         done: what was noted of each part that is finished.
 
     Raises:
         ValueError: another process works on the same checkpoint.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, ranks: Ranks | Alone) -> None:
         self.out = out
+        self._ranks = ranks
         self._base = _find_base(out)
         self._base.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self._base / _LOCK, "a")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ValueError(f"{out}: another process is writing it: wait for that, or choose another folder") from None
+        self._lock = _lock(self._base / _LOCK, out) if self.is_first else None
         self.folder = self._base / "checkpoint"
-        self.activations = Activations(self._base / "activations")
+        self.activations = Activations(self._base / f"activations-{ranks.rank}")
         self.done: list[dict[str, Any]] = []
         self._facts: dict[str, str] = {}
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes."""
+        return self._ranks.rank == 0
 
     @staticmethod
     def is_begun(out: Path) -> bool:
@@ -64,7 +67,7 @@ class Work:
         Raises:
             ValueError: there is an unfinished run of other facts.
         """
-        record = self._read_record()
+        record = self._read_record() if self.is_first else None
         if record and (difference := find_difference(facts, record["facts"])):
             raise ValueError(
                 f"{self._base} has {len(record['parts'])} finished parts of a run with something else as {difference}: "
@@ -72,11 +75,14 @@ class Work:
             )
         self._facts = dict(facts)
         self.folder.mkdir(exist_ok=True)
+        self.done = []
         for part in record["parts"] if record else ():
             if any(_find_size(self.folder / name) != size for name, size in part["files"].items()):
                 break
             self.done.append(part)
-        if self.done and self.activations.list_sizes(len(self.done)) != self.done[-1]["activations"]:
+        self.done = self._ranks.meet(self.done)[0]
+        kept = self._ranks.meet(self.activations.list_sizes(len(self.done)))
+        if self.done and kept != self.done[-1]["activations"]:
             warnings.warn(f"{self._base} has lost what its finished parts pass on: starting anew", stacklevel=2)
             self.done = []
 
@@ -88,28 +94,33 @@ class Work:
             files: that it wrote.
             following: the number of the next part, whose activations are kept.
         """
+        passed = self._ranks.meet(self.activations.list_sizes(following))  # all have written what the next part needs
         sizes = {name: (self.folder / name).stat().st_size for name in files}
-        passed = self.activations.list_sizes(following)
         self.done.append({**part, "files": sizes, "activations": passed})
-        with replace_file(self._base / _RECORD) as new:
-            new.write_text(json.dumps({"facts": self._facts, "parts": self.done}))
+        if self.is_first:
+            with replace_file(self._base / _RECORD) as new:
+                new.write_text(json.dumps({"facts": self._facts, "parts": self.done}))
+        self._ranks.meet()  # and what this one was made of is needed no more
         self.activations.keep(following)
 
     def clear(self) -> None:
         """Forgets all that is there."""
-        for name in (self.folder, self.activations.folder):
-            shutil.rmtree(name, ignore_errors=True)
-        (self._base / _RECORD).unlink(missing_ok=True)
+        if self.is_first:
+            for name in (self.folder, *self._base.glob("activations-*")):
+                shutil.rmtree(name, ignore_errors=True)
+            (self._base / _RECORD).unlink(missing_ok=True)
+        self._ranks.meet()
         self.done = []
 
     def finish(self) -> None:
         """Puts the checkpoint in its place."""
-        with replace_folder(self.out) as new:
-            # A run that is killed here is gone on with from the parts, which stay until all is in its place.
-            for file in self.folder.iterdir():
-                link(file, new / file.name)
-            if self.out.exists():
-                keep_others(self.out, new)
+        if self.is_first:
+            with replace_folder(self.out) as new:
+                # A run that is killed here is gone on with from the parts, which stay until all is in its place.
+                for file in self.folder.iterdir():
+                    link(file, new / file.name)
+                if self.out.exists():
+                    keep_others(self.out, new)
         self.clear()
 
     def __enter__(self) -> "Work":
@@ -117,6 +128,8 @@ class Work:
 
     def __exit__(self, *_: object) -> None:
         """Lets go of the folder; removes it where nothing in it is worth going on with."""
+        if self._lock is None:
+            return
         if not (self._base / _RECORD).exists():
             shutil.rmtree(self._base, ignore_errors=True)
         self._lock.close()
@@ -133,6 +146,19 @@ class Work:
         if not is_whole:
             raise ValueError(f"{path} is damaged: start anew (resume=False, --no-resume)")
         return record
+
+
+def _lock(path: Path, out: Path) -> TextIO:
+    """The file at ``path``, which no other process has until it is closed."""
+    file = open(path, "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        raise ValueError(f"{out}: another process is writing it: wait for that, or choose another folder") from None
+    return file
 
 
 def _find_base(out: Path) -> Path:
