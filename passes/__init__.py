@@ -11,6 +11,7 @@ What they share, and what they put into a graph:
 - ``loading``: a state dict is checked before anything of it is loaded.
 - ``finishing``: weights that wait for all data, and global scales that are shared.
 - ``trimming``: what of an observed graph observers need.
+- ``references``: what values would be if nothing before them was quantized.
 - ``parts``: an observed graph in parts, each of which can run alone.
 
 What they look for in a graph:

@@ -1,5 +1,6 @@
 """Checkpoints that are written part by part: the bytes of those that are written at once, and nothing is lost."""
 
+import copy
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from compressed_tensors.quantization.lifecycle import fake_quantize
 from processes import Processes
 from safetensors.torch import load_file, save_file
 
@@ -189,6 +191,41 @@ def test_parts_can_be_calibrated_on_what_quantized_ones_compute(tmp_path):
         observer(_run_to(folded, node.args[0], batch))
     assert torch.equal(found[name], observer.get_qparams()["scale"])
     assert not torch.equal(found[name], load_tensors(tmp_path / "on float")[name])
+
+
+def test_weights_make_up_for_what_was_quantized_before_them(tmp_path):
+    """The scales of the MLP are those of an observer that is shown its inputs beside those of the float model."""
+    model, batches = save_model("Llama", tmp_path / "float"), make_batches("Llama")
+    config = make_config("W4A16", group_size=32, observer="output_mse")
+    args = config.config_groups["group"].weights
+    quantize = {"config": config, "batches": batches, "progress": False, "propagate": "quantized"}
+    fxmse.quantize_checkpoint(tmp_path / "float", out=tmp_path / "out", **quantize)
+    found = load_tensors(tmp_path / "out")
+    before = copy.deepcopy(model)
+    attention = before.model.layers[0].self_attn
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            weight, scale = getattr(attention, name).weight, found[f"model.layers.0.self_attn.{name}.weight_scale"]
+            weight.copy_(fake_quantize(weight, scale, None, args))
+        weight = model.model.layers[0].mlp.up_proj.weight
+        for others in (True, False):
+            observer = Observer.load_from_registry("output_mse", base_name="weight", args=args)
+            for batch in batches:
+                value, reference = (catch_input(m, "model.layers.0.mlp.up_proj", batch) for m in (before, model))
+                observer.inputs.expect([reference] if others else [])
+                observer.inputs(value)
+            is_equal = torch.equal(
+                observer(weight).get_qparams()["scale"], found["model.layers.0.mlp.up_proj.weight_scale"]
+            )
+            assert is_equal == others
+
+
+def catch_input(model, name, batch):
+    caught = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    model(**batch)
+    hook.remove()
+    return caught[0]
 
 
 def _run_to(graph_module, node, batch):

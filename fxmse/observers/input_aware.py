@@ -76,6 +76,13 @@ class InputAwareObserver(Observer):
         assert mean is not None
         return mean.to(value.device)
 
+    def find_crosses(self, value: Tensor) -> Tensor | None:
+        """:meth:`Products.mean_crosses`; None where it is not known."""
+        if not isinstance(self.inputs, Products):
+            return None
+        crosses = self.inputs.mean_crosses()
+        return None if crosses is None else crosses.to(value.device)
+
     def _find_fault(self, inputs: Inputs, value: Tensor) -> str | None:
         """Why the activations cannot be used."""
         if self.base_name != "weight":

@@ -1,5 +1,6 @@
 """What is kept of the inputs that meet a weight: how much the errors of its channels count, alone and together."""
 
+from collections import deque
 from collections.abc import Hashable, Iterable
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -62,10 +63,13 @@ class ProductsState(NamedTuple):
     Attributes:
         products: the sum of xᵀ x, float32, shape (matrices, blocks, block_size, block_size).
         num_tokens: float64, no dimension.
+        crosses: the sum of xᵀ (x - r), of the same shape, r what x would be if nothing before it was quantized; None
+            where that is not known of all values.
     """
 
     products: Tensor | None = None
     num_tokens: Tensor | None = None
+    crosses: Tensor | None = None
 
     @property
     def witnesses(self) -> list[Tensor]:
@@ -124,7 +128,12 @@ class Inputs(Stateful[Any]):
         if other[0] is None:
             return state
         device = state[0].device
-        return self.state_class(*(own + added.to(device) for own, added in zip(state, other, strict=True)))
+        return self.state_class(
+            *(
+                None if own is None or added is None else own + added.to(device)
+                for own, added in zip(state, other, strict=True)
+            )
+        )
 
     @torch.no_grad()
     def forward(
@@ -258,16 +267,25 @@ class Products(Inputs):
     suffix = "products"
     strategies = ("tensor", "channel", "group", "tensor_group", "block")
     products: Tensor | None
+    crosses: Tensor | None
 
     def __init__(self, block_size: int, max_channels: int) -> None:
         super().__init__()
         self.block_size, self.max_channels = block_size, max_channels
         self.arrangement: Arrangement | None = None
+        self._references: deque[Tensor] = deque()
 
     @property
     def form(self) -> Hashable:
         """What is added up."""
         return self.suffix, self.block_size, self.max_channels, self.arrangement
+
+    def expect(self, references: Iterable[Tensor]) -> None:
+        """Says what the values that will be shown next would be if nothing before them was quantized.
+
+        Of experts, which may then be others, that is not taken into account.
+        """
+        self._references = deque(() if isinstance(self.arrangement, Experts) else references)
 
     def _sum_up(self, x: Tensor, mask: Tensor | None, numbers: Tensor | None) -> InputState:
         """As :meth:`Inputs._sum_up`.
@@ -277,8 +295,22 @@ class Products(Inputs):
             mask: as of :meth:`Inputs.forward`; where ``arrangement`` is one of experts, what says whose each token is.
             numbers: of each token's expert, where ``x`` is what all experts are shown.
         """
+        state = self._sum_products(x, mask, numbers)
+        if not self._references:
+            return state
+        change = x.float() - self._references.popleft().to(x.device).float()
+        if isinstance(self.arrangement, Patches):
+            values, change = self.arrangement.arrange(x), self.arrangement.arrange(change)
+        else:
+            is_kept = torch.ones((), dtype=torch.bool, device=x.device) if mask is None else mask.bool()[..., None]
+            values, change = (torch.where(is_kept, part, 0.0).reshape(1, -1, x.shape[-1]) for part in (x, change))
+        return state._replace(crosses=self._multiply(values, change))
+
+    def _sum_products(self, x: Tensor, mask: Tensor | None, numbers: Tensor | None) -> ProductsState:
         if self.arrangement is None:
-            return super()._sum_up(x, mask, numbers)
+            state = super()._sum_up(x, mask, numbers)
+            assert isinstance(state, ProductsState)
+            return state
         values = x
         if isinstance(self.arrangement, Patches):
             values = self.arrangement.arrange(values)
@@ -303,12 +335,16 @@ class Products(Inputs):
     def _add_up(self, tokens: Tensor) -> Tensor:
         return self._multiply(tokens[None])
 
-    def _multiply(self, tokens: Tensor) -> Tensor:
-        """xᵀ x of tokens, shape (matrices, tokens, channels)."""
+    def _multiply(self, tokens: Tensor, others: Tensor | None = None) -> Tensor:
+        """xᵀ x of tokens, shape (matrices, tokens, channels), or xᵀ y, y ``others`` of the same shape."""
+        blocks = self._cut(tokens)
+        return blocks.transpose(2, 3) @ (blocks if others is None else self._cut(others))
+
+    def _cut(self, tokens: Tensor) -> Tensor:
+        """Blocks of channels, shape (matrices, blocks, tokens, block_size)."""
         size = self._find_block_size(tokens.shape[2])
         tokens = torch.nn.functional.pad(tokens.float(), (0, -tokens.shape[2] % size))
-        blocks = tokens.unflatten(2, (-1, size)).transpose(1, 2)
-        return blocks.transpose(2, 3) @ blocks
+        return tokens.unflatten(2, (-1, size)).transpose(1, 2)
 
     def _find_block_size(self, num_channels: int) -> int:
         return num_channels if num_channels <= max(self.max_channels, self.block_size) else self.block_size
@@ -320,16 +356,29 @@ class Products(Inputs):
         """
         if self.products is None or not self.num_tokens:
             return None
-        products = self.products
+        products = self._fill_idle(self.products)
+        mean = (products / self._average(products)).float()
+        mean.diagonal(dim1=-2, dim2=-1).add_(damping)
+        return mean
+
+    def mean_crosses(self) -> Tensor | None:
+        """E[xᵀ (x - r)] by the same mean as :meth:`mean`, float32; None where it is not known."""
+        if self.products is None or self.crosses is None or not self.num_tokens:
+            return None
+        return (self.crosses / self._average(self._fill_idle(self.products))).float()
+
+    @staticmethod
+    def _fill_idle(products: Tensor) -> Tensor:
         is_idle = (products.diagonal(dim1=-2, dim2=-1) == 0).flatten(1).all(1)
-        products = torch.where(is_idle[:, None, None, None], products.sum(0), products)
+        return torch.where(is_idle[:, None, None, None], products.sum(0), products)
+
+    @staticmethod
+    def _average(products: Tensor) -> Tensor:
+        """The mean of each matrix's diagonal, float64, shape (matrices, 1, 1, 1)."""
         diagonal = products.diagonal(dim1=-2, dim2=-1)
         # The sum may leave float32 where none of its terms does. Channels that are always 0 count for nothing.
         average = diagonal.double().sum((1, 2)) / (diagonal != 0).sum((1, 2)).clamp(min=1)
-        average = average.clamp(min=torch.finfo(torch.float32).tiny)
-        mean = (products / average[:, None, None, None]).float()
-        mean.diagonal(dim1=-2, dim2=-1).add_(damping)
-        return mean
+        return average.clamp(min=torch.finfo(torch.float32).tiny)[:, None, None, None]
 
     def find_fault(self, num_channels: int) -> str | None:
         """Why a weight of so many channels cannot be searched with what was seen."""

@@ -65,8 +65,9 @@ class OutputMSEObserver(InputAwareObserver):
     """Finds the ranges of a weight with which its op's output changes least (:class:`OutputMSEOptions`).
 
     It minimises the mean of |x (q - w)ᵀ| ** 2 over the activations x that it was shown, by their products H = E[xᵀ x]
-    (:func:`fxmse.search.output_optimum.find_output_optimum`). Weights that share a global scale search it together, by
-    the diagonal of H.
+    (:func:`fxmse.search.output_optimum.find_output_optimum`). Where it knows what x would be if nothing before it was
+    quantized, r, it is the mean of |x qᵀ - r wᵀ| ** 2, by E[xᵀ (x - r)], too. Weights that share a global scale search
+    it together, by the diagonal of H.
 
     Raises:
         ValueError: the value is no weight, or a block of H does not hold whole groups.
@@ -112,7 +113,11 @@ class OutputMSEObserver(InputAwareObserver):
                 )
 
             return search_matrices(search, value, self.layout, global_scale)
+        crosses = self.find_crosses(value)
         parts, parts_products = self._split(value, products)
+        parts_crosses: Sequence[Tensor | None] = [None] * len(parts)
+        if crosses is not None:
+            _, parts_crosses = self._split(value, crosses)
         scales: Iterable[Tensor | None] = itertools.repeat(None, len(parts))
         if global_scale is not None:
             scales = global_scale.flatten().expand(len(parts)).split(1)
@@ -122,11 +127,14 @@ class OutputMSEObserver(InputAwareObserver):
                 self.format,
                 self.layout,
                 part_products,
+                crosses=part_crosses,
                 global_scale=scale,
                 negative_scale=negative_scale,
                 max_sweeps=int(self.options.max_sweeps),
             )
-            for part, part_products, scale in zip(parts, parts_products, scales, strict=True)
+            for part, part_products, part_crosses, scale in zip(
+                parts, parts_products, parts_crosses, scales, strict=True
+            )
         ]
         shape = self.layout.qparam_shape(value.shape)
         return Range(*(torch.cat(ends).reshape(shape) for ends in zip(*found, strict=True)))

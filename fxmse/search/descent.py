@@ -41,6 +41,7 @@ def find_channels(n: int, size: int, block: int) -> tuple[int, slice]:
 def descend(
     problem: OptimumProblem,
     values_NOQG: Tensor,
+    linear_NOQG: Tensor | None,
     columns: list[Column],
     starts: Iterable[Tensor],
     products_MBB: Tensor,
@@ -54,6 +55,7 @@ def descend(
     Args:
         problem: the format.
         values_NOQG: float32.
+        linear_NOQG: what half the error's slope is where there is none; None for 0.
         columns: the candidates of each of N groups.
         starts: which candidates may be chosen first, [N, Q] each.
         products_MBB: H; B is a multiple of G, and there are channels for N groups.
@@ -62,17 +64,26 @@ def descend(
     """
     num_blocks, block = products_MBB.shape[:2]
 
+    def arrange(groups: Iterable[Tensor]) -> Tensor:
+        """Groups of rows, [O, Q, G] each, as rows, beside the blocks of H."""
+        by_row = torch.cat([group.flatten(0, 1) for group in groups], 1)
+        by_row = torch.nn.functional.pad(by_row, (0, num_blocks * block - by_row.shape[1]))
+        return by_row.unflatten(1, (num_blocks, block)).transpose(0, 1)
+
+    linear_MRB = None if linear_NOQG is None else arrange(linear_NOQG)
+
     def begin(index_NQ: Tensor) -> tuple[_Rows, Tensor]:
         """Rows at a start, and the errors that they have there, [Q]."""
         changes = [
             list_changes(problem, values[:, :, None], column.candidates.take(index))[:, 0, :, 0]
             for values, column, index in zip(values_NOQG, columns, index_NQ, strict=True)
         ]
-        by_row = torch.cat([change.flatten(0, 1) for change in changes], 1)
-        by_row = torch.nn.functional.pad(by_row, (0, num_blocks * block - by_row.shape[1]))
-        by_row_MRB = by_row.unflatten(1, (num_blocks, block)).transpose(0, 1)
+        by_row_MRB = arrange(changes)
         through_MRB = by_row_MRB @ products_MBB
         errors_MR = (by_row_MRB * through_MRB).sum(2, dtype=torch.float64)
+        if linear_MRB is not None:
+            through_MRB += linear_MRB
+            errors_MR += 2 * (by_row_MRB * linear_MRB).sum(2, dtype=torch.float64)
         tensors = (index_NQ, torch.stack(changes), through_MRB)
         errors_Q = errors_MR.sum(0).unflatten(0, (values_NOQG.shape[1], -1)).sum(0)
         return _Rows(problem, values_NOQG, columns, products_MBB, is_compiled, *tensors), errors_Q
@@ -95,7 +106,7 @@ class _Rows:
     Attributes:
         index_NQ: which candidates are chosen.
         changes_NOQG: the errors that they make.
-        through_MRB: all of a row's errors times H, R = O * Q.
+        through_MRB: half the slope of the error there: all of a row's errors times H, and the linear part; R = O * Q.
     """
 
     problem: OptimumProblem

@@ -11,6 +11,9 @@ first gets the best of its table (the block form), and then all are gone through
 none finds anything better. The error never rises, but by rounding. A row for which that is better begins with what is
 best for each group alone, by the diagonal of H or by the error of the weight: it ends above none of the three.
 
+Where what comes before is quantized, too, and x is not r, what it would be in float, the mean of |x qᵀ - r wᵀ| ** 2 is
+e H eᵀ + 2 e C wᵀ and a constant, with C = E[xᵀ (x - r)]: the groups' errors make up for that as well.
+
 What decides how far this comes is how many different roundings a group can choose from, more than how good each is by
 itself: candidates are spread evenly, and many.
 
@@ -34,7 +37,7 @@ from fxmse.search.compiling import pays_to_compile, run
 from fxmse.search.descent import Column, descend, find_channels
 from fxmse.search.optimum import find_optimum
 from fxmse.search.power import AbsolutePower
-from fxmse.search.product_sums import sum_products
+from fxmse.search.product_sums import sum_crosses, sum_products
 from fxmse.search.tiles import Range, measure
 
 __all__ = ["find_output_optimum", "list_diagonal"]
@@ -58,6 +61,7 @@ def find_output_optimum(
     layout: Layout,
     products: Tensor,
     *,
+    crosses: Tensor | None = None,
     global_scale: Tensor | None = None,
     negative_scale: bool = False,
     max_sweeps: int,
@@ -72,6 +76,7 @@ def find_output_optimum(
         layout: the groups; of a weight.
         products: H, float32, shape (M, B, B): blocks of channels one after the other, the last filled up with zeros.
             What lies beside the blocks counts as 0. B is a multiple of the groups' size or less than that.
+        crosses: C, in units of H and of its shape; None where x is what it is in float.
         global_scale: float32, one element; scales are stored times it.
         negative_scale: of symmetric integers whose scales are not e4m3, take scales below 0, too.
         max_sweeps: how often all groups are gone through, after the first choice.
@@ -99,6 +104,7 @@ def find_output_optimum(
             for importance in ([diagonal, None] if layout.strategy in _WEIGHED else [None])
         ]
         values_NOQG = _cut(value, layout)
+        linear_NOQG = None if crosses is None else _cut(_multiply_rows(value, crosses), layout)
         num_columns, height, num_rows, size = values_NOQG.shape
         ranges_NSQ = [
             torch.stack([e.reshape(num_rows, num_columns).T for e in ends], 1) for ends in zip(*alone, strict=True)
@@ -108,7 +114,8 @@ def find_output_optimum(
         found = []
         for start in range(0, num_rows, at_a_time):
             some = slice(start, start + at_a_time)
-            rows = _Rows.of(problem, values_NOQG[:, :, some], products, is_compiled)
+            linear = None if linear_NOQG is None else linear_NOQG[:, :, some]
+            rows = _Rows.of(problem, values_NOQG[:, :, some], linear, products, is_compiled)
             found.append(rows.search(Range(*(part[:, :, some] for part in ranges_NSQ)), global_scale, max_sweeps))
     return Range(*(torch.cat(part, 1).T.contiguous().view(shape) for part in zip(*found, strict=True)))
 
@@ -116,6 +123,15 @@ def find_output_optimum(
 def list_diagonal(products_MBB: Tensor, num_channels: int) -> Tensor:
     """The diagonal of H, (num_channels,)."""
     return products_MBB.diagonal(dim1=1, dim2=2).flatten()[:num_channels]
+
+
+def _multiply_rows(value: Tensor, crosses_MBB: Tensor) -> Tensor:
+    """C wᵀ of each row w, float32, in the value's shape."""
+    num_blocks, block = crosses_MBB.shape[:2]
+    rows = value.float().flatten(0, -2)
+    padded = torch.nn.functional.pad(rows, (0, num_blocks * block - rows.shape[1]))
+    by_block = padded.unflatten(1, (num_blocks, block)).transpose(0, 1) @ crosses_MBB.transpose(1, 2)
+    return by_block.transpose(0, 1).flatten(1)[:, : rows.shape[1]].reshape(value.shape)
 
 
 def _cut(value: Tensor, layout: Layout) -> Tensor:
@@ -135,25 +151,38 @@ def _cut(value: Tensor, layout: Layout) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of groups, [N, O, Q, P, G], float32, and H."""
+    """Rows of groups, [N, O, Q, P, G], float32, C times them, and H."""
 
     problem: OptimumProblem
     values_NOQPG: Tensor
+    linear_NOQPG: Tensor | None
     products_MBB: Tensor
     is_compiled: bool
 
     @classmethod
-    def of(cls, problem: OptimumProblem, values_NOQG: Tensor, products_MBB: Tensor, is_compiled: bool) -> "_Rows":
+    def of(
+        cls,
+        problem: OptimumProblem,
+        values_NOQG: Tensor,
+        linear_NOQG: Tensor | None,
+        products_MBB: Tensor,
+        is_compiled: bool,
+    ) -> "_Rows":
         """A group that is longer than a block of H is cut into parts of its length."""
         num_columns, size = len(values_NOQG), values_NOQG.shape[-1]
         num_blocks, block = products_MBB.shape[:2]
-        if size > block:
-            values_NOQG = torch.nn.functional.pad(values_NOQG, (0, num_blocks * block - size))
         missing = max(0, num_columns * size - num_blocks * block)
         # Only one block may lack channels: of several the last is filled up.
         products_MBB = torch.nn.functional.pad(products_MBB, (0, missing, 0, missing)) if missing else products_MBB
-        values_NOQPG = values_NOQG.float().unflatten(-1, (-1, min(size, products_MBB.shape[1]))).contiguous()
-        return cls(problem, values_NOQPG, products_MBB, is_compiled)
+        length = min(size, products_MBB.shape[1])
+
+        def cut(part_NOQG: Tensor) -> Tensor:
+            if size > block:
+                part_NOQG = torch.nn.functional.pad(part_NOQG, (0, num_blocks * block - size))
+            return part_NOQG.float().unflatten(-1, (-1, length)).contiguous()
+
+        linear_NOQPG = None if linear_NOQG is None else cut(linear_NOQG)
+        return cls(problem, cut(values_NOQG), linear_NOQPG, products_MBB, is_compiled)
 
     def search(self, alone: Range, global_scale: Tensor | None, max_sweeps: int) -> Range:
         """The ranges [N, Q] that are best together; ``alone``, [N, S, Q], are S that are best each by itself."""
@@ -163,7 +192,7 @@ class _Rows:
             self._tabulate(n, Range(low.contiguous(), high.contiguous()), global_scale)
             for n, (low, high) in enumerate(zip(*alone, strict=True))
         ]
-        index_NQ = torch.stack([column.errors_CQ.argmin(0) for column in columns])
+        index_NQ = torch.stack([self._list_totals(n, column).argmin(0) for n, column in enumerate(columns)])
         # Those that are best alone are the last of each table.
         num_candidates = len(columns[0].errors_CQ)
         starts = [
@@ -174,6 +203,7 @@ class _Rows:
             index_NQ = descend(
                 self.problem,
                 values_NOQG,
+                None if self.linear_NOQPG is None else self.linear_NOQPG[:, :, :, 0],
                 columns,
                 [index_NQ, *starts],
                 self.products_MBB,
@@ -189,6 +219,13 @@ class _Rows:
         # What is not finite stays so.
         nothing_NQ = self.values_NOQPG.sum((1, 3, 4)) * 0.0
         return Range(low_NQ + nothing_NQ, high_NQ + nothing_NQ)
+
+    def _list_totals(self, n: int, column: Column) -> Tensor:
+        """The errors of one column's candidates where no other group has any, [C, Q], but for a constant."""
+        if self.linear_NOQPG is None:
+            return column.errors_CQ
+        tensors = (self.values_NOQPG[n], *column.candidates, self.linear_NOQPG[n])
+        return column.errors_CQ + 2 * run(self.is_compiled, _sum_linear, self.problem, *tensors)
 
     def _tabulate(self, n: int, alone: Range, global_scale: Tensor | None) -> Column:
         """The candidates of one column of groups, and their errors where no other group has any."""
@@ -282,3 +319,9 @@ def _tabulate(
     problem: OptimumProblem, values_OQPG: Tensor, scale_CQ: Tensor, zero_point_CQ: Tensor | None, products_PGG: Tensor
 ) -> Tensor:
     return sum_products(problem, values_OQPG, Candidates(scale_CQ, zero_point_CQ), products_PGG)
+
+
+def _sum_linear(
+    problem: OptimumProblem, values_OQPG: Tensor, scale_CQ: Tensor, zero_point_CQ: Tensor | None, linear_OQPG: Tensor
+) -> Tensor:
+    return sum_crosses(problem, values_OQPG, Candidates(scale_CQ, zero_point_CQ), linear_OQPG)

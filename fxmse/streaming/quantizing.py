@@ -22,6 +22,7 @@ from fxmse.calibration.ranks import check_group, join
 from fxmse.capture.front_ends import split_inputs
 from fxmse.config import CONFIG_KEY, Config, Site
 from fxmse.inputs.weights import Skeleton, load_skeleton
+from fxmse.observers.inputs import Products
 from fxmse.outputs.checkpoint import check_replaceable, copy_tokenizer, read_biases, read_sites
 from fxmse.outputs.experts import Sites
 from fxmse.outputs.reporting import SiteReport, report
@@ -29,7 +30,8 @@ from fxmse.outputs.shards import Shards
 from fxmse.outputs.space import check_space
 from fxmse.passes.move_to_device import MoveToDevice
 from fxmse.passes.parts import Part, cut, make_entry
-from fxmse.passes.probe import find_probes
+from fxmse.passes.probe import find_inputs, find_probes
+from fxmse.passes.references import Reference, make_reference
 from fxmse.passes.trimming import observes_activations
 from fxmse.pipeline import calibrate, convert, prepare
 from fxmse.streaming.activations import Activations
@@ -52,9 +54,11 @@ class StreamOptions:
     Attributes:
         dynamic_shapes: as for ``fxmse.prepare``.
         part_size: bytes of weights that a part has at most, where that can be: one weight is not cut, and layers that
-            share an observer are calibrated together.
+            share an observer are calibrated together. By default 512 MiB; with ``propagate="quantized"`` parts are as
+            small as can be, so that each weight is calibrated on what all before it compute.
         propagate: what a part is calibrated on: "float", the values of the float model, or "quantized", those that the
-            quantized parts before it compute. Within a part values are those of its float weights.
+            quantized parts before it compute. Within a part values are those of its float weights. ``output_mse`` then
+            looks for the least change of a layer's output from that of the float model, whose values are computed, too.
         moe_calibrate_all_experts: as for ``fxmse.prepare``.
         bias_correction: as for ``fxmse.prepare``.
         reports: whether weights are measured once they are quantized.
@@ -64,7 +68,7 @@ class StreamOptions:
     """
 
     dynamic_shapes: Any = None
-    part_size: int = _PART_SIZE
+    part_size: int | None = None
     propagate: str = "float"
     moe_calibrate_all_experts: bool = True
     bias_correction: bool = False
@@ -73,8 +77,13 @@ class StreamOptions:
     def __post_init__(self) -> None:
         if self.propagate not in ("float", "quantized"):
             raise ValueError(f"propagate={self.propagate!r}: expected 'float' or 'quantized'")
-        if not isinstance(self.part_size, int) or self.part_size < 1:
+        if self.part_size is not None and (not isinstance(self.part_size, int) or self.part_size < 1):
             raise ValueError(f"part_size={self.part_size!r}: expected a number of bytes")
+
+    @property
+    def max_bytes(self) -> int:
+        """Of the weights of a part."""
+        return self.part_size or (_PART_SIZE if self.propagate == "float" else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +229,7 @@ def plan_job(skeleton: Skeleton, config: Config, example: Any = None, *, options
         shards,
         make_entry(observed),
         [node.name for node in observed.graph.find_nodes(op="placeholder")],
-        cut(observed, options.part_size, skeleton.weights.list_fused(skeleton.model)),
+        cut(observed, options.max_bytes, skeleton.weights.list_fused(skeleton.model)),
         sites,
         observes_activations(observed),
         shards.measure(),
@@ -299,6 +308,8 @@ class _Run:
         self.parts: list[Part | None] = list(job.parts)
         job.parts.clear()
         self.propagate = job.options.propagate if job.is_observed else ""
+        # Whether what passes between parts passes in float, too.
+        self.is_paired = self.propagate == "quantized" and any(_has_products(part) for part in self.parts if part)
         self.reports = job.options.reports
         self._waiting = set(self.weights.names)
         # The names of what is written with each.
@@ -350,9 +361,11 @@ class _Run:
         runs = bool(self.propagate) and (observes or bool(part.carried))
         MoveToDevice(self.device)(part.graph_module)
         tensors = self.weights.fill(parameters, align=runs, device=self.device)
-        self.work.activations.drop(number + 1)  # of a run that was ended
+        for activations in (self.work.activations, self.work.floats):
+            activations.drop(number + 1)  # of a run that was ended
         try:
-            feed = _Feed(self.work.activations, number, part, self.device)
+            reference = make_reference(part.graph_module) if self.is_paired and runs else None
+            feed = _Feed(self.work, number, part, self.device, reference)
             on_outputs = feed.keep if self.propagate == "float" else None
             has_probes = any(find_probes(part.graph_module))
             if has_probes:
@@ -375,21 +388,41 @@ class _Run:
 class _Feed:
     """A part's inputs, batch by batch, as often as they are asked for; and what becomes of what it returns."""
 
-    def __init__(self, activations: Activations, number: int, part: Part, device: torch.device) -> None:
-        self.activations, self.number, self.part, self.device = activations, number, part, device
+    def __init__(self, work: Work, number: int, part: Part, device: torch.device, reference: Reference | None) -> None:
+        self.work, self.number, self.part, self.device = work, number, part, device
+        self._reference = reference
         self._values: dict[str, Any] = {}
         self._batch = -1
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        for batch, values in enumerate(self.activations.read_all(self.number)):
+        for batch, values in enumerate(self.work.activations.read_all(self.number)):
+            if self._reference:
+                self._refer(self._reference, batch)
             self._batch, self._values = batch, values
-            yield tuple(_move(self._values.get(name), self.device) for name in self.part.inputs)
+            yield self._select(values)
+        self._reference = None  # all is kept, and whoever asks again has no use for it
+
+    def _select(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(_move(values.get(name), self.device) for name in self.part.inputs)
+
+    def _refer(self, reference: Reference, batch: int) -> None:
+        """Runs the part in float, which observers expect then, and keeps what passes to the next part."""
+        # What goes into the first part is what it is.
+        values = (self.work.floats if self.number else self.work.activations).read(self.number, batch)
+        outputs = reference.run(*self._select(values))
+        self._keep(self.work.floats, batch, values, outputs)
 
     def keep(self, outputs: tuple[Any, ...]) -> None:
         """Keeps what passes to the next part: of this part's outputs, and of what passed to it."""
-        known = self._values | dict(zip(self.part.outputs, _move(outputs, _CPU), strict=True))
-        carried = {name: known[name] for name in self.part.carried}
-        self.activations.write(self.number + 1, self._batch, carried)
+        self._keep(self.work.activations, self._batch, self._values, outputs)
+
+    def _keep(self, activations: Activations, batch: int, values: Mapping[str, Any], outputs: tuple[Any, ...]) -> None:
+        known = {**values, **dict(zip(self.part.outputs, _move(outputs, _CPU), strict=True))}
+        activations.write(self.number + 1, batch, {name: known[name] for name in self.part.carried})
+
+
+def _has_products(part: Part) -> bool:
+    return any(isinstance(inputs, Products) for _, inputs in find_inputs(part.graph_module))
 
 
 def _move(values: Any, device: torch.device) -> Any:

@@ -34,6 +34,7 @@ class Work:
     Attributes:
         folder: what becomes the checkpoint.
         activations: what passes between parts, of this process's data.
+        floats: the same of the float model, where activations are those of the quantized one.
         done: what was noted of each part that is finished.
 
     Raises:
@@ -48,6 +49,7 @@ class Work:
         self._lock = _lock(self._base / _LOCK, out) if self.is_first else None
         self.folder = self._base / "checkpoint"
         self.activations = Activations(self._base / f"activations-{ranks.rank}")
+        self.floats = Activations(self._base / f"floats-{ranks.rank}")
         self.done: list[dict[str, Any]] = []
         self._facts: dict[str, str] = {}
 
@@ -81,7 +83,7 @@ class Work:
                 break
             self.done.append(part)
         self.done = self._ranks.meet(self.done)[0]
-        kept = self._ranks.meet(self.activations.list_sizes(len(self.done)))
+        kept = self._ranks.meet(self._list_sizes(len(self.done)))
         if self.done and kept != self.done[-1]["activations"]:
             warnings.warn(f"{self._base} has lost what its finished parts pass on: starting anew", stacklevel=2)
             self.done = []
@@ -94,19 +96,23 @@ class Work:
             files: that it wrote.
             following: the number of the next part, whose activations are kept.
         """
-        passed = self._ranks.meet(self.activations.list_sizes(following))  # all have written what the next part needs
+        passed = self._ranks.meet(self._list_sizes(following))  # all have written what the next part needs
         sizes = {name: (self.folder / name).stat().st_size for name in files}
         self.done.append({**part, "files": sizes, "activations": passed})
         if self.is_first:
             with replace_file(self._base / _RECORD) as new:
                 new.write_text(json.dumps({"facts": self._facts, "parts": self.done}))
         self._ranks.meet()  # and what this one was made of is needed no more
-        self.activations.keep(following)
+        for activations in (self.activations, self.floats):
+            activations.keep(following)
+
+    def _list_sizes(self, part: int) -> list[int]:
+        return [*self.activations.list_sizes(part), *self.floats.list_sizes(part)]
 
     def clear(self) -> None:
         """Forgets all that is there."""
         if self.is_first:
-            for name in (self.folder, *self._base.glob("activations-*")):
+            for name in (self.folder, *self._base.glob("activations-*"), *self._base.glob("floats-*")):
                 shutil.rmtree(name, ignore_errors=True)
             (self._base / _RECORD).unlink(missing_ok=True)
         self._ranks.meet()

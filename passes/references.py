@@ -1,0 +1,56 @@
+"""Observed graphs in float: what the values that meet weights would be if nothing before them was quantized."""
+
+from typing import Any, NamedTuple
+
+from torch.fx import GraphModule
+
+from fxmse.capture.attributes import list_graphs
+from fxmse.capture.front_ends import copy_graph_module
+from fxmse.observers.inputs import Inputs, Products
+from fxmse.passes.probe import Probe, find_called, find_inputs
+from fxmse.passes.trimming import return_as_written
+
+__all__ = ["Reference", "make_reference"]
+
+
+class Reference(NamedTuple):
+    """A copy of an observed graph that observes nothing.
+
+    Attributes:
+        graph_module: called as the observed graph is; returns the values of ``products``, a list each, and what that
+            one returns.
+        products: what looks at values that meet weights in the observed graph, but for that which does in a branch or a
+            loop.
+    """
+
+    graph_module: GraphModule
+    products: list[Products]
+
+    def run(self, *args: Any) -> tuple[Any, ...]:
+        """What the graph returns; its values are what ``products`` expect to be shown next."""
+        values, outputs = self.graph_module(*args)
+        for products, own in zip(self.products, values, strict=True):
+            products.expect(own)
+        return outputs
+
+
+def make_reference(observed: GraphModule) -> Reference:
+    """The reference of an observed graph, whose parameters it shares."""
+    copy = copy_graph_module(observed)
+    nested = {inputs for node, inputs in find_inputs(observed) if node.graph is not observed.graph}
+    values: dict[Products, list[Any]] = {}
+    for graph in list_graphs(copy):
+        for node in list(graph.graph.nodes):
+            called = find_called(graph, node)
+            if not isinstance(called, Probe | Inputs):
+                continue
+            if isinstance(called, Products) and called not in nested:
+                values.setdefault(called, []).append(node.args[0])
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+        graph.recompile()
+    output = copy.graph.output_node()
+    output.args = ((list(values.values()), output.args[0]),)
+    return_as_written(copy.graph)
+    copy.recompile()
+    return Reference(copy, list(values))
