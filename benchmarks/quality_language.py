@@ -7,9 +7,10 @@ for calibration; "+-" is the standard error of the mean over draws. "Ahead" is h
 divergence, a method has than --against on the same draw, the mean over draws; "+- draws" is that mean's standard error
 over draws, "+- text" over held-out windows. What needs no data gets none.
 
-Methods are those of the part model, without PT2E, and llm-compressor's ``GPTQModifier`` in its own sequential pipeline,
-with scales of min-max or ``memoryless_mse``. A Linear whose inputs the group does not divide stays in float: of 128,
-which divides 1536 and not 576, all but the down projections.
+Methods are those of the part model, without PT2E; ``output_mse`` through ``fxmse.quantize_checkpoint`` with
+``propagate="quantized"``, whose seconds have the files, too; and llm-compressor's ``GPTQModifier`` in its own
+sequential pipeline, with scales of min-max or ``memoryless_mse``. A Linear whose inputs the group does not divide stays
+in float: of 128, which divides 1536 and not 576, all but the down projections.
 
 The weights come from a file in 4 bits with groups of 32 (asymmetric): no scheme is that one.
 """
@@ -18,6 +19,7 @@ import argparse
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +39,7 @@ from smollm2 import HEAD, draw_windows, example, load_model, load_windows
 from tables import Row, choose, note
 from tabulate import tabulate
 from torch import Tensor, nn
+from transformers import CompressedTensorsConfig
 
 import fxmse
 
@@ -63,6 +66,7 @@ LANGUAGE_SCHEMES: dict[str, Formats] = {
 }
 LANGUAGE_METHODS = {
     **{label: method for label, method in MODEL_METHODS.items() if method.library != "PT2E"},
+    "fxmse output_mse, propagated": Method("fxmse, in parts", "output_mse", "exact_mse"),
     "llm-compressor GPTQ, min-max": Method("GPTQ", "memoryless_minmax", "mse"),
     "llm-compressor GPTQ, memoryless_mse": Method("GPTQ", "memoryless_mse", "mse"),
 }
@@ -111,12 +115,25 @@ def quantize(method: Method, formats: Formats, model: nn.Module, batches: Batche
         config = QuantizationConfig(config_groups=groups, ignore=ignore)
         observed = fxmse.prepare(model, config, batches[0])
         return fxmse.convert(fxmse.calibrate(observed, data or [], progress=False))
+    if method.library == "fxmse, in parts":
+        return quantize_in_parts(QuantizationConfig(config_groups=groups, ignore=ignore), model, batches)
     if method.library == "GPTQ":
         started = start_llm_compressor(model, GPTQModifier(config_groups=groups, ignore=ignore), batches, "sequential")
     else:
         started = start_llm_compressor(model, QuantizationModifier(config_groups=groups, ignore=ignore), data)
     started.run()
     return started.finish()
+
+
+def quantize_in_parts(config: QuantizationConfig, model: nn.Module, batches: Batches) -> Callable[..., Any]:
+    """The quantized model, each part of which was calibrated on what those before it compute; from files to files."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.save_pretrained(folder / "float")
+        out = folder / "quantized"
+        fxmse.quantize_checkpoint(folder / "float", config, batches, out=out, propagate="quantized", progress=False)
+        loading = CompressedTensorsConfig(run_compressed=False)
+        return type(model).from_pretrained(out, quantization_config=loading).eval()
 
 
 def predict(model: Callable[..., Any], batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:

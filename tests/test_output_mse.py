@@ -390,6 +390,36 @@ def test_experts_are_searched_alone():
         torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("scheme", ["int4_g32", "int4_channel", "int4_asym_g32", "fp8_block", "int8_tensor", "nvfp4"])
+def test_what_was_changed_before_is_made_up_for(scheme, is_masked):
+    """The mean of |x q - r w| ** 2, of inputs x that would be r in float."""
+    args, weight, reference = ALL_ARGS[scheme], make_weight("heavy"), make_activations()
+    torch.manual_seed(1)
+    x = reference + 0.3 * torch.randn_like(reference) @ torch.randn(reference.shape[-1], reference.shape[-1]) / 8
+    kept = torch.rand(len(x)) < 0.7 if is_masked else torch.ones(len(x), dtype=torch.bool)
+    masks = kept.split(50) if is_masked else [None] * len(x.split(50))
+
+    def find(*references):
+        observer = Observer.load_from_registry("output_mse", base_name="weight", args=args, damping=0.0)
+        for part, own, mask in zip(x.split(50), reference.split(50), masks, strict=True):
+            observer.inputs.expect([own] if references else [])
+            observer.inputs(part, mask)
+        quantized = fake_quantize(weight, args=args, **observer(weight).get_qparams()).double()
+        return (x[kept].double() @ quantized.T - reference[kept].double() @ weight.double().T).square().mean().item()
+
+    assert find(reference) < 0.995 * find()
+
+
+def test_what_was_not_changed_before_changes_nothing():
+    args, weight, x = ALL_ARGS["int4_g32"], make_weight("heavy"), make_activations()
+    observer = Observer.load_from_registry("output_mse", base_name="weight", args=args)
+    observer.inputs.expect([x])
+    observer.inputs(x)
+    assert (observer.inputs.crosses == 0).all()
+    assert torch.equal(observer(weight).get_qparams()["scale"], observe(weight, args, x)["scale"])
+
+
 @pytest.mark.parametrize(("scheme", "block_size"), [("int4_g32", 32), ("int4_g32", 64), ("int4_g8", 40), ("nvfp4", 64)])
 def test_blocks_leave_out_what_lies_beside_them(scheme, block_size):
     args, weight, x = ALL_ARGS[scheme], make_weight("heavy"), make_activations()
