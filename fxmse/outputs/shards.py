@@ -23,7 +23,9 @@ from fxmse.outputs.files import replace_file
 __all__ = ["Shards"]
 
 _INDEX = "model.safetensors.index.json"
-_AT_A_TIME = 1 << 25  # elements that are compressed at a time, of which compressors hold several int32 copies
+_AT_A_TIME = (
+    1 << 21
+)  # elements that are compressed at a time, of which compressors hold several int32 copies: in a cache
 _BY_ROW = ("weight_scale", "weight_zero_point")
 _ROWS = 128  # of them, what is compressed at a time has a multiple: whole blocks, and words of packed zero points
 
