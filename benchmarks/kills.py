@@ -2,10 +2,10 @@
 
     python benchmarks/kills.py [--kills 20] [--schemes W4A16 FP8]
 
-A small random Llama is quantized in small parts, in a process that gets SIGKILL at a random moment from its start to
-when an uninterrupted run ends; then once more, to the end. "Equal" counts the checkpoints that have the same files as
-that of the uninterrupted run, byte for byte. "Twice" is the most parts that any second run did though the first had
-done them: those that it had begun to write, but not noted.
+A small random Llama is quantized in small parts, in a process that gets SIGKILL at a random moment between the first
+thing that it writes and when an uninterrupted run ends; then once more, to the end. "Equal" counts the checkpoints that
+have the same files as that of the uninterrupted run, byte for byte. "Twice" is the most parts that any second run did
+though the first had done them: those that it had written, but not noted.
 """
 
 import argparse
@@ -43,9 +43,14 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
+def find_work(out: Path) -> Path:
+    """The folder of an unfinished run."""
+    return out.with_name(f".{out.name}.fxmse")
+
+
 def list_parts(out: Path) -> tuple[int, int]:
     """Of how many parts an unfinished run has written files, and how many it has noted."""
-    base = out.with_name(f".{out.name}.fxmse")
+    base = find_work(out)
     record = base / "run.json"
     noted = json.loads(record.read_text())["parts"] if record.exists() else []
     return len(list((base / "checkpoint").glob("*.safetensors"))), sum(bool(part["files"]) for part in noted)
@@ -55,7 +60,11 @@ def measure(folder: Path, scheme: str, num_kills: int, generator: random.Random)
     """A row of the table."""
     whole = folder.with_name("whole")
     begin = time.perf_counter()
-    assert start(folder, whole, scheme).wait() == 0
+    process = start(folder, whole, scheme)
+    while not find_work(whole).exists() and process.poll() is None:
+        time.sleep(0.01)
+    work_begins = time.perf_counter() - begin
+    assert process.wait() == 0
     seconds = time.perf_counter() - begin
     expected = hash_files(whole)
     num_equal = most_twice = num_resumed = 0
@@ -63,7 +72,7 @@ def measure(folder: Path, scheme: str, num_kills: int, generator: random.Random)
         out = folder.with_name(f"{scheme}-{number}")
         process = start(folder, out, scheme)
         try:
-            process.wait(generator.uniform(0, seconds))
+            process.wait(generator.uniform(work_begins, seconds))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
