@@ -290,7 +290,7 @@ def _stream(options: argparse.Namespace, config: QuantizationConfig, start: floa
         return {REPORT_FILE: json.dumps(summary, indent=1)}
 
     with _name_data(options):
-        job = plan_job(skeleton, config, *batches[:1], options=stream_options)
+        job = plan_job(skeleton, config, *batches[:1], options=stream_options, device=workers.own_device)
         run_job(
             job,
             batches[rank::num_ranks],

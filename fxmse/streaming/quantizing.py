@@ -4,6 +4,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from fxmse.calibration.observing import check_batches, observe_batches
 from fxmse.calibration.progress import Peeked
 from fxmse.calibration.ranks import check_group, join
 from fxmse.capture.front_ends import split_inputs
-from fxmse.config import CONFIG_KEY, Config, Site
+from fxmse.config import CONFIG_KEY, Config, Site, resolve_config
 from fxmse.inputs.weights import Skeleton, load_skeleton
 from fxmse.observers.inputs import Products
 from fxmse.outputs.checkpoint import check_replaceable, copy_tokenizer, read_biases, read_sites
@@ -36,6 +37,7 @@ from fxmse.passes.trimming import observes_activations
 from fxmse.pipeline import calibrate, convert, prepare
 from fxmse.streaming.activations import Activations
 from fxmse.streaming.fingerprints import describe_run, hash_batches
+from fxmse.streaming.warming import compiling_meanwhile
 from fxmse.streaming.work import Work
 
 if TYPE_CHECKING:
@@ -111,6 +113,11 @@ class Workers:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"device={self.device!r}: expected one that torch knows, as 'cuda': {reason}") from None
 
+    @property
+    def own_device(self) -> torch.device:
+        """The device."""
+        return torch.device(self.device or "cpu")
+
 
 @torch.no_grad()
 def quantize_checkpoint(
@@ -167,7 +174,7 @@ def quantize_checkpoint(
     check_replaceable(out, folder)
     skeleton = load_skeleton(Path(folder), dtype, trust_remote_code=trust_remote_code)
     peeked = Peeked(batches)
-    job = plan_job(skeleton, config, *peeked.first, options=stream_options)
+    job = plan_job(skeleton, config, *peeked.first, options=stream_options, device=workers.own_device)
     make_files = lambda _: extra_files or {}  # noqa: E731
     run_job(job, peeked, out, resume=resume, progress=progress, make_files=make_files, workers=workers)
 
@@ -200,7 +207,14 @@ class Job(NamedTuple):
     num_bytes: int
 
 
-def plan_job(skeleton: Skeleton, config: Config, example: Any = None, *, options: StreamOptions) -> Job:
+def plan_job(
+    skeleton: Skeleton,
+    config: Config,
+    example: Any = None,
+    *,
+    options: StreamOptions,
+    device: torch.device | None = None,
+) -> Job:
     """Traces a model without its weights, finds its sites and cuts it into parts.
 
     Raises as :func:`quantize_checkpoint`.
@@ -210,15 +224,19 @@ def plan_job(skeleton: Skeleton, config: Config, example: Any = None, *, options
         config: as for ``fxmse.prepare``.
         example: a batch to trace with; by default what transformers has for the model.
         options: the options.
+        device: what weights will be searched on: their searches are compiled meanwhile. None: there will be no search.
     """
-    observed = prepare(
-        skeleton.model,
-        config,
-        dict(skeleton.model.dummy_inputs) if example is None else example,
-        dynamic_shapes=options.dynamic_shapes,
-        moe_calibrate_all_experts=options.moe_calibrate_all_experts,
-        bias_correction=options.bias_correction,
-    )
+    config = resolve_config(config)
+    meanwhile = nullcontext() if device is None else compiling_meanwhile(config, skeleton.model, device)
+    with meanwhile:
+        observed = prepare(
+            skeleton.model,
+            config,
+            dict(skeleton.model.dummy_inputs) if example is None else example,
+            dynamic_shapes=options.dynamic_shapes,
+            moe_calibrate_all_experts=options.moe_calibrate_all_experts,
+            bias_correction=options.bias_correction,
+        )
     resolved = observed.meta[CONFIG_KEY]
     sites = [site for _, probe in find_probes(observed) for site in probe.sites]
     shards = Shards(skeleton.model, resolved, sites, skeleton.weights.conversions)
@@ -303,7 +321,7 @@ class _Run:
 
     def __init__(self, work: Work, job: Job, workers: Workers) -> None:
         self.work, self.weights, self.shards = work, job.skeleton.weights, job.shards
-        self.device = torch.device(workers.device or "cpu")
+        self.device = workers.own_device
         self.together: dict[str, Any] = {"group": workers.group, "timeout": workers.timeout, "progress": False}
         self.parts: list[Part | None] = list(job.parts)
         job.parts.clear()

@@ -1,0 +1,60 @@
+"""Searches that another process has compiled are not compiled again."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from models import make_config
+from torch import nn
+from torch._dynamo.utils import counters
+
+from fxmse.observers import Observer
+from fxmse.search.compiling import compilation
+from fxmse.streaming import warming
+
+CPU = torch.device("cpu")
+# Of a size that no other test has.
+CONFIG = make_config(
+    weights={"num_bits": 5, "strategy": "group", "group_size": 48, "observer": "memoryless_mse"}, inputs=None
+)
+
+
+def test_what_was_compiled_meanwhile_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(warming, "_MIN_PARAMETERS", 1)
+    model = nn.Sequential(nn.Linear(96, 256, bias=False))
+    with warming.compiling_meanwhile(CONFIG, model, CPU):
+        pass
+    counters.clear()
+    args = CONFIG.config_groups["group_0"].weights
+    with compilation("always"):
+        Observer.load_from_registry("memoryless_mse", base_name="weight", args=args)(model[0].weight.detach())
+    assert counters["inductor"]["fxgraph_cache_hit"] > 0
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
+
+
+@pytest.mark.parametrize("fault", ["small", "one processor", "nothing to search"])
+def test_where_it_does_not_pay_there_is_no_process(fault, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
+    monkeypatch.setattr("os.cpu_count", lambda: 1 if fault == "one processor" else 2)
+    monkeypatch.setattr(warming, "_MIN_PARAMETERS", 1 << 40 if fault == "small" else 1)
+    config = QuantizationConfig(config_groups={}) if fault == "nothing to search" else CONFIG
+    with warming.compiling_meanwhile(config, nn.Sequential(nn.Linear(96, 8)), CPU):
+        pass
+
+
+@pytest.mark.parametrize("command", ["raise SystemExit(1)", "import time; time.sleep(600)"])
+def test_what_goes_wrong_is_left_to_the_search(command, monkeypatch):
+    monkeypatch.setattr(warming, "_COMMAND", command)
+    monkeypatch.setattr(warming, "_MIN_PARAMETERS", 1)
+    with pytest.raises(KeyboardInterrupt), warming.compiling_meanwhile(CONFIG, nn.Linear(96, 8), CPU):
+        raise KeyboardInterrupt
+
+
+def test_the_largest_weight_of_each_scheme_is_asked_for():
+    model = nn.Sequential(nn.Linear(96, 8), nn.Linear(96, 1 << 14), nn.Conv2d(3, 999, 9))
+    (request,) = warming._list_requests(CONFIG, model, CPU)
+    assert (request["shape"], request["dtype"]) == ([4096, 96], "float32")
+    assert json.loads(json.dumps(request)) == request
