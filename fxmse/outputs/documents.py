@@ -33,7 +33,9 @@ from fxmse.passes.versions import Versions
 __all__ = ["make_document"]
 
 _PACKAGES = ("torch", "compressed-tensors", "transformers")
-_DIGITS = 4
+_DIGITS = 5
+_CHOICE = ("unit", "budget", "size", "error", "gap", "curve", "chosen")
+"""What is shown of what ``fxmse.choose_schemes`` returns."""
 
 
 def make_document(
@@ -184,14 +186,17 @@ def _describe_other(value: object) -> Any:
 
 
 def _describe_analysis(found: dict[str, Any]) -> dict[str, Any]:
-    """Of an analysis, or of a choice that followed from one: its curve, and each value's errors by candidate."""
+    """Of an analysis, or of a choice that has one: each value's errors by candidate, and the choice's curve."""
+    analysis = found.get("analysis", found)
     sites: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    for site in found.get("sites", ()):
+    for site in analysis.get("sites", ()):
         exact = site.get("exact_error")
         name = f"{site['module']}|{site['role']}"
         sites[name][site["candidate"]] = site.get("model_error") if exact is None else exact
-    plain = {name: found[name] for name in ("unit", "candidates", "totals", "curve", "chosen") if name in found}
-    return _clean({**plain, "sites": sites})
+    choice = {name: found[name] for name in _CHOICE if name in found} if "curve" in found else None
+    return _clean(
+        {"unit": analysis.get("unit"), "totals": analysis.get("totals", {}), "sites": sites, "choice": choice}
+    )
 
 
 def _clean(value: Any) -> Any:
@@ -208,5 +213,5 @@ def _clean(value: Any) -> Any:
 def _round(value: float) -> float | None:
     if not math.isfinite(value):
         return None
-    rounded = float(f"{value:.{_DIGITS + 1}g}")
+    rounded = float(f"{value:.{_DIGITS}g}")
     return int(rounded) if rounded == int(rounded) and abs(rounded) < 1 << 53 else rounded

@@ -241,7 +241,7 @@
     const reached = report.depth.filter((point) => point.sqnr !== null);
     if (reached.length) {
       const last = reached[reached.length - 1];
-      add("At the last layer", `${last.sqnr.toFixed(1)} dB`, `output of ${last.module || "(root)"} against the float model's`);
+      add("At the last layer", `${last.sqnr.toFixed(1)} dB`, ["output of ", breakPath(last.module), " against the float model's"]);
     }
     const total = sizes();
     if (total.bytes) {
@@ -397,12 +397,13 @@
     const draw = (width, height) => {
       const box = [46, 22, width - 8, height - 38];
       const x = scaleOf(0, Math.max(1, sites.length - 1), box[0] + 8, box[2] - 8), y = scaleOf(low - margin, high + margin, box[3], box[1]);
+      const xTicks = ticks(1, sites.length, width / 110).filter((tick) => Number.isInteger(tick) && tick > 0).map((tick) => tick - 1);
       positions.length = 0;
       for (const site of measured) positions.push([x(site.place), y(site.sqnr), site]);
       const path = line_.map((point, place) => `${place ? "L" : "M"}${x(point.place).toFixed(1)} ${y(point.sqnr).toFixed(1)}`).join("");
       const size = measured.length > 400 ? 2.2 : 3.2;
       return [
-        drawAxes(x, y, box, { xTicks: ticks(1, sites.length, width / 110).filter((tick) => Number.isInteger(tick) && tick > 0), yTicks: ticks(low - margin, high + margin, 5), xLabel: "place in the graph", yLabel: "dB, more is better", xFormat: (tick) => count(tick) }),
+        drawAxes(x, y, box, { xTicks, yTicks: ticks(low - margin, high + margin, 5), xLabel: "place in the graph", yLabel: "dB, more is better", xFormat: (tick) => count(tick + 1) }),
         positions.map(([cx, cy, site]) => makeMark(site.role, cx, cy, size)),
         s("path", { class: "depthline", d: path }),
         line_.length <= 120 && line_.map((point) => s("circle", { cx: x(point.place), cy: y(point.sqnr), r: 1.8, fill: "var(--depth)" })),
@@ -472,36 +473,56 @@
   }
 
   function addMix() {
-    const analysis = report.analysis;
-    const points = ((analysis && analysis.curve) || []).map(readPoint).filter((point) => point.x !== null && point.y !== null).sort((a, b) => a.x - b.x);
-    if (!points.length) return;
-    const chosen = points.find((point) => point.isChosen);
-    const logs = points.every((point) => point.y > 0);
-    const of = (point) => (logs ? Math.log10(point.y) : point.y);
-    const low = Math.min(...points.map(of)), high = Math.max(...points.map(of)), margin = (high - low || 1) * 0.08;
-    const draw = (width, height) => {
-      const box = [56, 22, width - 14, height - 38];
-      const x = scaleOf(points[0].x, points[points.length - 1].x, box[0] + 8, box[2] - 8), y = scaleOf(low - margin, high + margin, box[3], box[1]);
-      return [
-        drawAxes(x, y, box, { xTicks: ticks(points[0].x, points[points.length - 1].x, width / 90), yTicks: ticks(low - margin, high + margin, 4), yFormat: (tick) => format(logs ? 10 ** tick : tick, 2), xLabel: "bits a weight", yLabel: `error${analysis.unit ? `, ${analysis.unit}` : ""}` }),
-        s("path", { class: "curve", d: points.map((point, place) => `${place ? "L" : "M"}${x(point.x).toFixed(1)} ${y(of(point)).toFixed(1)}`).join("") }),
-        points.length <= 80 && points.map((point) => s("circle", { cx: x(point.x), cy: y(of(point)), r: 2.4, fill: "var(--text)" }, s("title", {}, `${format(point.x)} bits, error ${format(point.y)}`))),
-        chosen && [s("circle", { class: "dot-chosen", cx: x(chosen.x), cy: y(of(chosen)), r: 6 }), text(x(chosen.x), y(of(chosen)) - 11, "chosen", { class: "text-chosen", "text-anchor": "middle" })],
-      ];
-    };
-    const label = `Error against size: from ${format(points[0].y)} at ${format(points[0].x)} bits a weight to ${format(points[points.length - 1].y)} at ${format(points[points.length - 1].x)}.`
-      + (chosen ? ` Chosen: ${format(chosen.x)} bits, error ${format(chosen.y)}.` : "");
-    const columns = [
-      { name: "Bits a weight", value: (point) => point.x, cell: (point) => format(point.x), isNumber: true },
-      { name: "Error", value: (point) => point.y, cell: (point) => format(point.y), isNumber: true },
-      { name: "", cell: (point) => (point.isChosen ? "chosen" : "") },
+    const analysis = report.analysis, choice = analysis && analysis.choice;
+    if (!analysis) return;
+    const of = analysis.unit ? `, ${analysis.unit}` : "";
+    const totals = Object.entries(analysis.totals).map(([name, error]) => ({ name, error }));
+    const totalColumns = [
+      { name: "Format", value: (row) => row.name, cell: (row) => row.name },
+      { name: `Error of the model with all of it${of}`, value: (row) => row.error ?? Infinity, cell: (row) => format(row.error), isNumber: true },
     ];
-    addSection("mix", "Error against size", "The least error that a mix of the candidates has at each size, as the analysis estimates it.", makeFigure({ label, height: 260, draw }).figure, makeData("Error against size", columns, () => points));
+    const table = totals.length > 0 && makeTable({ caption: "Formats compared", columns: totalColumns, rows: totals, order: 1 }).node;
+    if (!choice) {
+      if (table) addSection("mix", "Formats compared", "What the analysis measured with every value in one format.", table);
+      return;
+    }
+    const numbers = new Map();
+    for (const name of Object.values(choice.chosen || {})) numbers.set(name, (numbers.get(name) || 0) + 1);
+    const mix = [...numbers].sort((a, b) => b[1] - a[1]).map(([name, number]) => `${count(number)} in ${name}`).join(", ");
+    const proof = choice.gap === null ? "" : choice.gap > 0 ? ` It is at most ${(100 * choice.gap).toFixed(2)} % above the least.` : " It is proven to be the least.";
+    addSection("mix", "Error against size", `The least error that a mix of the candidates has at each size, as the analysis estimates it.${proof}`,
+      ...drawMix(choice, of), mix && h("p", {}, `Modules: ${mix}.`), table);
   }
 
-  function readPoint(point) {
-    const pick = (...names) => names.map((name) => point[name]).find((value) => typeof value === "number") ?? null;
-    return { x: pick("bits", "bits_a_weight", "size"), y: pick("error", "loss"), isChosen: point.is_chosen === true || point.chosen === true };
+  function drawMix(choice, of) {
+    const points = choice.curve.map(([x, y]) => ({ x, y })).filter((point) => point.x !== null && point.y !== null);
+    if (!points.length) return [];
+    const chosen = { x: choice.size, y: choice.error };
+    const all = [...points, chosen], isLogarithmic = all.every((point) => point.y > 0);
+    const height_ = (point) => (isLogarithmic ? Math.log10(point.y) : point.y);
+    const low = Math.min(...all.map(height_)), high = Math.max(...all.map(height_)), margin = (high - low || 1) * 0.1;
+    const first = Math.min(...all.map((point) => point.x)), last = Math.max(...all.map((point) => point.x), choice.budget ?? first);
+    const unit = { bits: "bits a weight", bytes: "bytes" }[choice.unit] || choice.unit;
+    const size = (value) => (choice.unit === "bytes" ? bytes(value) : format(value));
+    const draw = (width, height) => {
+      const box = [56, 22, width - 14, height - 38];
+      const x = scaleOf(first, last, box[0] + 10, box[2] - 10), y = scaleOf(low - margin, high + margin, box[3], box[1]);
+      return [
+        drawAxes(x, y, box, { xTicks: ticks(first, last, width / 100), yTicks: ticks(low - margin, high + margin, 4), xFormat: size, yFormat: (tick) => format(isLogarithmic ? 10 ** tick : tick, 2), xLabel: unit, yLabel: `error${of}` }),
+        choice.budget !== null && [s("line", { class: "minmax", x1: x(choice.budget), x2: x(choice.budget), y1: box[1], y2: box[3] }), text(x(choice.budget) - 5, box[1] + 9, "budget", { class: "text-minmax", "text-anchor": "end" })],
+        s("path", { class: "curve", d: points.map((point, place) => `${place ? "L" : "M"}${x(point.x).toFixed(1)} ${y(height_(point)).toFixed(1)}`).join("") }),
+        points.length <= 80 && points.map((point) => s("circle", { cx: x(point.x), cy: y(height_(point)), r: 2.4, fill: "var(--text)" }, s("title", {}, `${size(point.x)}, error ${format(point.y)}`))),
+        s("circle", { class: "dot-chosen", cx: x(chosen.x), cy: y(height_(chosen)), r: 6 }),
+        text(x(chosen.x) - 9, y(height_(chosen)) + 16, "chosen", { class: "text-chosen", "text-anchor": x(chosen.x) > box[0] + 60 ? "end" : "start" }),
+      ];
+    };
+    const ends = [points[0], points[points.length - 1]].map((point) => `${format(point.y)} at ${size(point.x)}`);
+    const label = `Error against size, in ${unit}: from ${ends[0]} to ${ends[1]}. Chosen: ${format(chosen.y)} at ${size(chosen.x)}${choice.budget === null ? "" : `, of a budget of ${size(choice.budget)}`}.`;
+    const columns = [
+      { name: `Size, ${unit}`, value: (point) => point.x, cell: (point) => size(point.x), isNumber: true },
+      { name: `Error${of}`, value: (point) => point.y, cell: (point) => format(point.y), isNumber: true },
+    ];
+    return [makeFigure({ label, height: 260, draw }).figure, makeData("Error against size", columns, () => points)];
   }
 
   function addFloat() {
@@ -613,16 +634,17 @@
     const curve = [...points, { factor: 1, error: picture.error }].sort((a, b) => a.factor - b.factor);
     const all = [...curve.map((point) => point.error), ...(picture.minmax_error === null ? [] : [picture.minmax_error])];
     const low = Math.min(...all), high = Math.max(...all), margin = Math.max(0.3, (high - low) * 0.08);
+    const below = 3 * margin; // room for a label
     const minmax = picture.minmax_error !== null && picture.minmax_factor !== null ? { factor: picture.minmax_factor, error: picture.minmax_error } : null;
     const draw = (width, height) => {
       const box = [46, 22, width - 10, height - 38];
-      const x = scaleOf(Math.log(curve[0].factor), Math.log(curve[curve.length - 1].factor), box[0] + 4, box[2] - 4), y = scaleOf(low - margin, high + margin, box[3], box[1]);
+      const x = scaleOf(Math.log(curve[0].factor), Math.log(curve[curve.length - 1].factor), box[0] + 4, box[2] - 4), y = scaleOf(low - below, high + margin, box[3], box[1]);
       const at = (point) => [x(Math.log(Math.min(Math.max(point.factor, curve[0].factor), curve[curve.length - 1].factor))), y(point.error)];
       const xTicks = [0.5, 0.7, 1, 1.4, 2, 3, 5, 8, 12, 16].filter((factor) => factor >= curve[0].factor * 0.999 && factor <= curve[curve.length - 1].factor * 1.001);
       const [chosenX, chosenY] = at({ factor: 1, error: picture.error }), [otherX, otherY] = minmax ? at(minmax) : [0, 0];
       const isLeft = minmax && otherX < chosenX, isNear = minmax && Math.abs(otherX - chosenX) < 70;
       return [
-        drawAxes(x, y, box, { xTicks: xTicks.map(Math.log), yTicks: ticks(low - margin, high + margin, 4), xFormat: (tick) => `${format(Math.exp(tick), 2)}×`, xLabel: "scale over the chosen scale", yLabel: "noise / signal, dB" }),
+        drawAxes(x, y, box, { xTicks: xTicks.map(Math.log), yTicks: ticks(low - below, high + margin, 4), xFormat: (tick) => `${format(Math.exp(tick), 2)}×`, xLabel: "scale over the chosen scale", yLabel: "noise / signal, dB" }),
         s("line", { class: "chosen", x1: chosenX, x2: chosenX, y1: box[1], y2: box[3], opacity: 0.35 }),
         s("path", { class: "curve", d: curve.map((point, place) => `${place ? "L" : "M"}${at(point).map((value) => value.toFixed(1)).join(" ")}`).join("") }),
         minmax && [s("circle", { class: "dot-minmax", cx: otherX, cy: otherY, r: 4.5 }), text(otherX + (isLeft ? -8 : 8), otherY - 8, "min–max", { class: "text-minmax", "text-anchor": isLeft ? "end" : otherX > box[2] - 60 ? "end" : "start" })],
@@ -646,7 +668,7 @@
     const most = Math.max(1, ...tokens), total = tokens.reduce((a, b) => a + b, 0), idle = tokens.filter((number) => !number).length;
     const draw = (width, height) => {
       const box = [46, 22, width - 6, height - 38];
-      const x = scaleOf(0, tokens.length, box[0], box[2]), y = scaleOf(0, most, box[3], box[1]);
+      const x = scaleOf(0, tokens.length, box[0], box[2]), y = scaleOf(0, most * 1.08, box[3], box[1]);
       return [
         drawAxes((tick) => x(tick + 0.5), y, box, { xTicks: ticks(0, tokens.length - 1, width / 60).filter(Number.isInteger), yTicks: ticks(0, most, 3), xLabel: "expert", yLabel: "tokens" }),
         s("g", { class: "bars" }, tokens.map((number, place) => s("rect", { x: x(place) + 0.5, y: y(number), width: Math.max(0.6, x(place + 1) - x(place) - 1), height: box[3] - y(number) }, s("title", {}, `expert ${place}: ${count(number)} tokens`)))),
@@ -663,11 +685,12 @@
 
   function drawCandidates(site) {
     const analysis = report.analysis;
-    const errors = analysis && analysis.sites && analysis.sites[`${site.module}|${site.role}`];
+    const errors = analysis && analysis.sites[`${site.module}|${site.role}`];
     if (!errors) return [];
+    const chosen = analysis.choice && analysis.choice.chosen && analysis.choice.chosen[site.module];
     const rows = Object.entries(errors).map(([name, error]) => ({ name, error }));
     const columns = [
-      { name: "Format", value: (row) => row.name, cell: (row) => row.name },
+      { name: "Format", value: (row) => row.name, cell: (row) => [row.name, row.name === chosen && [" ", h("span", { class: "badge" }, "chosen")]] },
       { name: `Error of the model${analysis.unit ? `, ${analysis.unit}` : ""}`, value: (row) => row.error ?? Infinity, cell: (row) => format(row.error), isNumber: true },
     ];
     return [h("h3", {}, "Other formats"), makeTable({ caption: "Other formats", columns, rows, order: 1 }).node];
