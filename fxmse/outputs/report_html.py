@@ -22,6 +22,24 @@ PAGE_SUFFIXES = (".html", ".htm")
 """What a page's name ends in."""
 _OPENING = '<script type="application/json" id="report">'
 _GENERATOR = '<meta name="generator" content="fxmse">'
+_SCRIPTS = (
+    "data.js",
+    "elements.js",
+    "numbers.js",
+    "selection.js",
+    "tables.js",
+    "charts.js",
+    "pictures.js",
+    "detail.js",
+    "summary.js",
+    "values.js",
+    "layers.js",
+    "depth.js",
+    "sizes.js",
+    "mix.js",
+    "start.js",
+)
+"""The files of the script: each uses those before it alone, but for functions. They run as one."""
 # A name may hold what ends the script that it is data of.
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
@@ -74,10 +92,8 @@ def render_page(document: dict[str, Any]) -> str:
 
     Its content security policy allows the style and the script by their hashes, and nothing else.
     """
-    folder = resources.files("fxmse.outputs") / "page"
-    template, style, script = (
-        (folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
-    )
+    template, style = _read("page.html"), _read("page.css")
+    script = f'"use strict";\n(() => {{\n{"".join(map(_read, _SCRIPTS))}}})();\n'
     data = json.dumps(document, separators=(",", ":"), allow_nan=False)
     parts = {
         "style": style,
@@ -88,6 +104,10 @@ def render_page(document: dict[str, Any]) -> str:
     }
     # In one pass: what is filled in is not looked at again.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def _read(name: str) -> str:
+    return (resources.files("fxmse.outputs") / "page" / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
