@@ -214,9 +214,10 @@ def test_the_error_of_the_chosen_scale_is_the_reports(name):
 
 
 def test_min_max_of_an_mx_format_is_a_power_of_two():
-    site = picture_of(nn.Sequential(nn.Linear(64, 32)), make_config(weights=WEIGHT_ARGS["mxfp4"].model_dump()), [])
-    # The optimum among powers of two is at least as good as that of min-max, which could not be stored otherwise.
-    assert site.picture.error <= site.picture.minmax_error + 1e-6
+    weights = {**WEIGHT_ARGS["mxfp4"].model_dump(), "observer": "static_minmax"}
+    picture = picture_of(nn.Sequential(nn.Linear(64, 32)), make_config(weights=weights), []).picture
+    assert picture.minmax_factor == 1
+    assert picture.minmax_error == picture.error
 
 
 class Depth(nn.Module):
@@ -466,8 +467,10 @@ def test_a_value_is_shown_with_its_pictures(browser, page):
     numbers = find(browser, "#detail details summary")[0]
     numbers.click()
     assert len(find(browser, "#detail details[open] tbody tr")) == 25  # of 64, the rest on request
-    assert "0.001" in find(browser, "#detail > div:last-of-type tbody tr")[0].text  # the best candidate first
-    assert find(browser, "#detail > div:last-of-type .badge")[0].text == "chosen"
+    assert [row.text.endswith("chosen 0.001") for row in find(browser, "#detail > div:last-of-type tbody tr")] == [
+        True,
+        False,
+    ]
     assert browser.execute_script("return location.hash").startswith("#value-")
     check_console(browser)
 
@@ -511,6 +514,8 @@ def test_a_page_fits_every_width(browser, page, width):
     show(browser, page, width, hash="#value-1")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.find_element("id", "detail").is_displayed()
+    bottom = browser.execute_script("return document.getElementById('detail').getBoundingClientRect().bottom")
+    assert bottom <= 900
     if width < 1180:
         find(browser, "#detail .close")[0].click()
         assert not browser.find_element("id", "detail").is_displayed()
@@ -560,7 +565,8 @@ def test_a_thousand_values_are_small_and_open_fast(browser, page, tmp_path):
     sites = []
     for number in range(1000):
         site = copy.deepcopy(data["sites"][number % 10])
-        site["module"] = f"model.layers.{number // 20}.block.{'abcdefghij'[number % 20 // 2]}_projection"
+        letter = "abcdefghij"[number % 20 // 2]
+        site["module"] = f"model.layers.{number // 40}.experts.{number % 40 // 20}.{letter}_projection"
         site["sqnr"] += number % 97 / 10
         site["picture"]["counts"] = [count * 1234 for count in site["picture"]["counts"]]
         sites.append(site)
@@ -574,5 +580,11 @@ def test_a_thousand_values_are_small_and_open_fast(browser, page, tmp_path):
     find(browser, "#values .more button")[1].click()
     assert len(list_rows(browser)) == 1000
     browser.find_element("id", "search").send_keys("layers.7. weight")
-    assert len(list_rows(browser)) == 10
+    assert len(list_rows(browser)) == 20
+    # Experts share a cell, which has the worst one's colour.
+    cells = find(browser, "#layers tbody tr:first-child td button")
+    shared = [site["sqnr"] for site in sites if site["module"].startswith("model.layers.0.experts")]
+    worst = [min(pair) for pair in zip(shared[:20], shared[20:], strict=True)]
+    assert [float(cell.text) for cell in cells] == pytest.approx(worst, abs=0.051)
+    assert cells[0].get_attribute("aria-label").endswith("the worst of 2")
     check_console(browser)
