@@ -265,7 +265,8 @@ def _quantize(options: argparse.Namespace) -> None:
     else:
         extra_files |= {} if page is None else {PAGE_FILE: page}
         save_pretrained(quantized, source.model, options.out, extra_files=extra_files)
-    _print(_format(summary, options.json))
+    is_told = page is not None and not options.json
+    _print(_format(summary, options.json) + (f"\nto look at: {_find_page(options.out)}" if is_told else ""))
 
 
 def _list_facts(options: argparse.Namespace, num_batches: int, start: float) -> dict[str, Any]:
@@ -285,9 +286,9 @@ def _leave_pictures_out(document: dict[str, Any]) -> dict[str, Any]:
     return {**{name: document[name] for name in ("model", "scheme", "out", "batches", "seconds")}, "sites": sites}
 
 
-def _find_page(program: Path) -> Path:
-    """Where the page of a .pt2 is."""
-    return program.with_suffix(PAGE_SUFFIXES[0])
+def _find_page(out: Path) -> Path:
+    """Where the page of what is written there is."""
+    return out.with_suffix(PAGE_SUFFIXES[0]) if _is_program(out) else out / PAGE_FILE
 
 
 def _is_streamed(options: argparse.Namespace) -> bool:

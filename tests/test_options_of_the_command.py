@@ -75,8 +75,9 @@ def test_the_page_of_a_folder_is_in_it_and_no_other_file_is_replaced(folder, tmp
     arguments = ["--report", "html", "--dtype", "bfloat16"]
     for _ in range(2):  # the second replaces it
         assert quantize(folder, *arguments, "--out", tmp_path / "out", model="tied", scheme="W4A16", data=None) == 0
-    capsys.readouterr()
-    assert run("inspect", tmp_path / "out" / "fxmse_report.html") == 0
+    page = tmp_path / "out" / "fxmse_report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == f"to look at: {page}"
+    assert run("inspect", page) == 0
     from_page = capsys.readouterr().out
     assert run("inspect", tmp_path / "out" / "fxmse_report.json") == 0
     assert capsys.readouterr().out == from_page

@@ -211,7 +211,4 @@ def _clean(value: Any) -> Any:
 
 
 def _round(value: float) -> float | None:
-    if not math.isfinite(value):
-        return None
-    rounded = float(f"{value:.{_DIGITS}g}")
-    return int(rounded) if rounded == int(rounded) and abs(rounded) < 1 << 53 else rounded
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
