@@ -189,6 +189,24 @@ def test_a_picture_of_several_scales_is_in_steps_of_each():
     assert (site.num_elements, site.num_bytes, site.num_float_bytes) == (128, 64 + 16 * 4, 512)
 
 
+def test_a_picture_of_a_dynamic_value_counts_every_token():
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(40, 16), 1000 * torch.randn(1, 16)])  # one token has all of the error
+    inputs = {"num_bits": 4, "strategy": "token", "dynamic": True}
+    quantized = quantize(nn.Sequential(nn.Linear(16, 8)), make_config(inputs=inputs), [x])
+    site = next(site for site in watch(quantized, [x[:7], x[7:]], PictureRecorder) if site.role == "input")
+    picture, scale = site.picture, x.double().abs().amax(1, keepdim=True) / 7.5
+    steps = (x / scale).flatten()
+    assert (picture.num_elements, picture.num_shown, picture.scale) == (41 * 16, 41 * 16, None)
+    assert picture.edges == pytest.approx((steps.min().item(), steps.max().item()), rel=2**-9)
+    assert (picture.minmax, picture.minmax_error, picture.chosen) == (None, None, (-8, 7))
+    levels, values = list(range(-8, 8)), x.flatten().tolist()
+    for place in (0, NUM_FACTORS - 1):
+        scales = (scale * picture.factors[0 if place == 0 else 1]).expand_as(x).flatten().tolist()
+        expected = measure_by_hand(values, scales, [0] * len(values), levels)
+        assert picture.errors[place] == pytest.approx(expected, abs=0.05)
+
+
 FORMATS = {
     **{f"weight {name}": ("weight", args) for name, args in WEIGHT_ARGS.items()},
     **{f"input {name}": ("input", args) for name, args in {**ACTIVATION_ARGS, **DYNAMIC_ARGS}.items()},

@@ -15,7 +15,7 @@ from torch import Tensor
 from fxmse.formats.grids import FLOAT_FORMATS, Grid
 from fxmse.formats.layout import Layout
 from fxmse.observers.base import QPARAMS, Observer
-from fxmse.observers.counting import count, list_values
+from fxmse.observers.counting import count, count_patterns, find_patterns, list_values
 from fxmse.ops import find_dynamic_qparams
 from fxmse.outputs.reporting import Recorder, SiteReport
 
@@ -37,8 +37,10 @@ class Elements:
     """Elements of a value, all or some, each with the scale that it has.
 
     Attributes:
-        values_N: float32.
+        values_N: float32, in units of the value, or in steps of their scales.
         counts_N: how many elements each stands for, any dtype.
+        weights_N: what its squared error counts: the same, of steps times the squared scale.
+        is_in_steps: whether values are in steps; their scale is 1 then.
         scale_N: less the global one, or one for all of them (N = 1); below zero where the observer turned it.
         zero_point_N: whole numbers; likewise.
         minmax_scale_N: what min-max would have given; likewise.
@@ -47,6 +49,8 @@ class Elements:
 
     values_N: Tensor
     counts_N: Tensor
+    weights_N: Tensor
+    is_in_steps: bool
     scale_N: Tensor
     zero_point_N: Tensor
     minmax_scale_N: Tensor
@@ -124,7 +128,7 @@ def list_levels(name: str) -> list[float]:
 def make_picture(elements: Elements, args: QuantizationArgs, num_elements: int, *, is_dynamic: bool) -> Picture:
     """The picture of a value, of which ``elements`` are some."""
     grid = Grid(args.num_bits, QuantizationType(args.type).value)
-    has_one = elements.scale_N.numel() == 1
+    has_one = elements.scale_N.numel() == 1 and not elements.is_in_steps
     if has_one:
         scale, zero_point = elements.scale_N.item(), elements.zero_point_N.item()
         shown_N, counts_N = elements.values_N, elements.counts_N
@@ -180,21 +184,28 @@ def _measure_errors(elements: Elements, grid: Grid, factors: tuple[float, float]
 
 def _measure_error(elements: Elements, grid: Grid, scale_N: Tensor, zero_point_N: Tensor) -> float | None:
     """Noise over signal in dB of elements with these scales."""
-    values_N, counts_N = elements.values_N, elements.counts_N.double()
+    values_N, weights_N = elements.values_N, elements.weights_N.double()
     quantized_N = grid.round((values_N / scale_N + zero_point_N).clamp(grid.qmin, grid.qmax))
     error_N = (quantized_N - zero_point_N) * scale_N - values_N
-    noise, signal = (torch.dot(part.double().square(), counts_N).item() for part in (error_N, values_N))
+    noise, signal = (torch.dot(part.double().square(), weights_N).item() for part in (error_N, values_N))
     return 10 * math.log10(noise / signal) if noise and signal else None
 
 
 class PictureRecorder(Recorder):
-    """Keeps what a picture is drawn of, too: counts of a value with one scale, some rows of one with several."""
+    """Keeps what a picture is drawn of, too.
+
+    Rules:
+
+    1. Of a value with one scale all elements are counted, so that no outlier is missed.
+    2. Of a dynamic one with a zero point of 0 they are counted in steps of their scales, which tells what any factor on
+       all scales does.
+    3. Of others with several scales, and of weights, some rows are kept, evenly spread.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.num_elements = self.num_bytes = self.num_float_bytes = 0
-        self.elements: Elements | None = None
-        self.counts: tuple[Tensor, Tensor] | None = None  # patterns that were seen, and how often
+        self.counts: tuple[Tensor, ...] | None = None  # patterns that were seen, how often, and in steps their weights
         self.dtype = torch.float32  # of what was counted
         self.samples: list[tuple[Tensor, ...]] = []
         self.num_sampled = 0
@@ -230,20 +241,46 @@ class PictureRecorder(Recorder):
         if x.numel():
             if self.signed_scale is not None and self.signed_scale.numel() == 1:
                 self._count(x)
+            elif self.is_dynamic and self.args.symmetric:
+                self._count_steps(x)
             elif self.num_sampled < _SAMPLED:
                 self._sample(x)
         return super().forward(x, quantized)
 
     def _count(self, x: Tensor) -> None:
+        """Rule 1."""
         if self.counts is None:
             self.dtype = x.dtype
-        counts = count(x.to(self.dtype), Layout("input", "tensor"))[0]
+        self._add(count(x.to(self.dtype), Layout("input", "tensor"))[0])
+
+    def _count_steps(self, x: Tensor) -> None:
+        """Rule 2."""
+        scale = self._find_scale(x)[0].float()
+        groups = x.float()
+        if self.args.group_size:
+            groups, scale = groups.unflatten(-1, (-1, self.args.group_size)), scale.unsqueeze(-1)
+        index = find_patterns(groups / scale).flatten()
+        weights = scale.double().square().expand_as(groups).flatten()
+        size = count_patterns(self.dtype)
+        self._add(torch.bincount(index, minlength=size), torch.bincount(index, weights, minlength=size))
+
+    def _add(self, *tables: Tensor) -> None:
+        """Adds tables to what was counted; kept is what was seen, as most patterns never are."""
         if self.counts is not None:
-            counts[self.counts[0]] += self.counts[1]
-        seen = counts.nonzero().flatten()
-        self.counts = seen, counts[seen]
+            for table, kept in zip(tables, self.counts[1:], strict=True):
+                table[self.counts[0]] += kept
+        seen = tables[0].nonzero().flatten()
+        self.counts = seen, *(table[seen] for table in tables)
+
+    def _find_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A dynamic value's scale, less the global one, and its zero point."""
+        args = self.args
+        grid = (args.num_bits, QuantizationType(args.type).value, args.symmetric, args.strategy, args.group_size)
+        scale, zero_point = find_dynamic_qparams(x, self.global_scale, *grid, args.scale_dtype)
+        return scale if self.global_scale is None else scale / self.global_scale, zero_point
 
     def _sample(self, x: Tensor) -> None:
+        """Rule 3."""
         x = x if x.dim() > 1 else x.reshape(1, -1)
         rows = _choose_rows(x, _SAMPLED_A_BATCH)
         values = x[rows]
@@ -253,13 +290,8 @@ class PictureRecorder(Recorder):
             places = torch.arange(self.signed_scale.numel(), device=x.device).view(self.signed_scale.shape)
             self.samples.append((values.float().flatten(), *own, _spread(places, rows, x.shape, self.args).flatten()))
             return
-        args = self.args
-        grid = (args.num_bits, QuantizationType(args.type).value, args.symmetric, args.strategy, args.group_size)
-        measured = x if args.strategy == "tensor" else values
-        scale, zero_point = find_dynamic_qparams(measured, self.global_scale, *grid, args.scale_dtype)
-        scale = scale if self.global_scale is None else scale / self.global_scale
-        rows = _choose_rows(values, values.numel())
-        own = _spread_both(scale, zero_point, rows, values.shape, args)
+        qparams = self._find_scale(x if self.args.strategy == "tensor" else values)
+        own = _spread_both(*qparams, _choose_rows(values, values.numel()), values.shape, self.args)
         self.samples.append((values.float().flatten(), *own, *own))
 
     def summarise(self) -> PicturedReport:
@@ -279,11 +311,14 @@ class PictureRecorder(Recorder):
 
     def _find_elements(self) -> Elements:
         if self.counts is not None:
+            seen_N, counts_N, *weights = self.counts
+            values_N = list_values(self.dtype, seen_N.device)[seen_N]
+            if self.signed_scale is None:
+                one = _as_floats((values_N.new_ones(1), None))
+                return Elements(values_N, counts_N, weights[0], True, *one, *one)
             assert self.observer
-            assert self.signed_scale is not None
-            values_N = list_values(self.dtype, self.counts[0].device)[self.counts[0]]
             own, minmax = (self.signed_scale, self.zero_point), _get_qparams(self.observer)
-            return Elements(values_N, self.counts[1], *_as_floats(own), *_as_floats(minmax))
+            return Elements(values_N, counts_N, counts_N, False, *_as_floats(own), *_as_floats(minmax))
         values_N, *qparams = (torch.cat(parts) for parts in zip(*self.samples, strict=True))
         if len(qparams) == 3:
             assert self.observer
@@ -292,7 +327,8 @@ class PictureRecorder(Recorder):
             qparams += [scale_Q[places_N], zero_point_Q.expand_as(scale_Q)[places_N]]
         if self.signed_scale is not None and self.signed_scale.numel() == 1:
             qparams = [qparam[:1] for qparam in qparams]
-        return Elements(values_N, torch.ones_like(values_N), *qparams)
+        ones_N = torch.ones_like(values_N)
+        return Elements(values_N, ones_N, ones_N, False, *qparams)
 
 
 def _measure_bytes(weight: Tensor, qparams: Sequence[Tensor | None], num_bits: int) -> int:
