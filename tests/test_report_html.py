@@ -207,6 +207,19 @@ def test_a_picture_of_a_dynamic_value_counts_every_token():
         assert picture.errors[place] == pytest.approx(expected, abs=0.05)
 
 
+def test_some_rows_tell_the_error_of_all():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 2048))
+    model[0].weight.data *= torch.logspace(0, 1, 2048)[torch.randperm(2048)][:, None]
+    model[0].weight.data[1999] *= 100
+    for weights in ({"num_bits": 8, "strategy": "channel"}, {"num_bits": 4, "strategy": "group", "group_size": 32}):
+        site = picture_of(model, make_config(weights={**weights, "observer": "static_minmax"}), [])
+        assert site.picture.num_shown < site.picture.num_elements
+        assert site.picture.error == pytest.approx(-site.sqnr, abs=0.1)
+        assert sum(site.picture.counts) == pytest.approx(site.picture.num_elements, rel=1e-3)
+        assert site.picture.minmax_error == site.picture.error
+
+
 FORMATS = {
     **{f"weight {name}": ("weight", args) for name, args in WEIGHT_ARGS.items()},
     **{f"input {name}": ("input", args) for name, args in {**ACTIVATION_ARGS, **DYNAMIC_ARGS}.items()},

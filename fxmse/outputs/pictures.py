@@ -6,7 +6,7 @@ Shape suffixes: N elements, F factors, P elements at a time, Q scales.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
@@ -27,7 +27,7 @@ NUM_FACTORS = 25
 """Points of a curve."""
 _FACTORS = (0.5, 1.5)  # at least these times the chosen scale are tried
 _WIDEST = 16.0  # and at most this many, where min-max's scale is that much larger
-_SAMPLED = 1 << 16  # elements of a value with several scales that are looked at
+_SAMPLED = 1 << 17  # elements of a value with several scales that are looked at
 _SAMPLED_A_BATCH = 1 << 14
 _MAX_LEVELS = 256  # of a grid that is drawn level by level
 
@@ -40,6 +40,8 @@ class Elements:
         values_N: float32, in units of the value, or in steps of their scales.
         counts_N: how many elements each stands for, any dtype.
         weights_N: what its squared error counts: the same, of steps times the squared scale.
+        signal: the sum of the squares of all of the value's elements.
+        is_all: whether nothing was left out.
         is_in_steps: whether values are in steps; their scale is 1 then.
         scale_N: less the global one, or one for all of them (N = 1); below zero where the observer turned it.
         zero_point_N: whole numbers; likewise.
@@ -50,6 +52,8 @@ class Elements:
     values_N: Tensor
     counts_N: Tensor
     weights_N: Tensor
+    signal: float
+    is_all: bool
     is_in_steps: bool
     scale_N: Tensor
     zero_point_N: Tensor
@@ -151,7 +155,7 @@ def make_picture(elements: Elements, args: QuantizationArgs, num_elements: int, 
     return Picture(
         grid=f"{grid.type}{grid.num_bits}",
         num_elements=num_elements,
-        num_shown=int(counts_N.sum().item()),
+        num_shown=num_elements if elements.is_all else len(elements.values_N),
         scale=scale,
         zero_point=zero_point,
         edges=edges,
@@ -187,8 +191,8 @@ def _measure_error(elements: Elements, grid: Grid, scale_N: Tensor, zero_point_N
     values_N, weights_N = elements.values_N, elements.weights_N.double()
     quantized_N = grid.round((values_N / scale_N + zero_point_N).clamp(grid.qmin, grid.qmax))
     error_N = (quantized_N - zero_point_N) * scale_N - values_N
-    noise, signal = (torch.dot(part.double().square(), weights_N).item() for part in (error_N, values_N))
-    return 10 * math.log10(noise / signal) if noise and signal else None
+    noise = torch.dot(error_N.double().square(), weights_N).item()
+    return 10 * math.log10(noise / elements.signal) if noise and elements.signal else None
 
 
 class PictureRecorder(Recorder):
@@ -199,7 +203,8 @@ class PictureRecorder(Recorder):
     1. Of a value with one scale all elements are counted, so that no outlier is missed.
     2. Of a dynamic one with a zero point of 0 they are counted in steps of their scales, which tells what any factor on
        all scales does.
-    3. Of others with several scales, and of weights, some rows are kept, evenly spread.
+    3. Of others some rows are kept: half of them are those with the largest scales, as most of the error is theirs, and
+       the others stand for all that is left, evenly spread.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -207,6 +212,7 @@ class PictureRecorder(Recorder):
         self.num_elements = self.num_bytes = self.num_float_bytes = 0
         self.counts: tuple[Tensor, ...] | None = None  # patterns that were seen, how often, and in steps their weights
         self.dtype = torch.float32  # of what was counted
+        self.minmax: tuple[Tensor, Tensor | None] | None = None  # of a weight
         self.samples: list[tuple[Tensor, ...]] = []
         self.num_sampled = 0
 
@@ -224,10 +230,13 @@ class PictureRecorder(Recorder):
         args = self.args.model_copy(update={"scale_dtype": torch.uint8}) if self._is_mx() else self.args
         observer = Observer.load_from_registry("static_minmax", base_name=self.role, args=args)
         observer.observe(weight)
-        rows = _choose_rows(weight, _SAMPLED)
-        own = _spread_both(self.signed_scale, self.zero_point, rows, weight.shape, self.args)
-        minmax = _spread_both(*_get_qparams(observer), rows, weight.shape, self.args)
-        self.samples = [(weight[rows].float().flatten(), *own, *minmax)]
+        if self.signed_scale.numel() == 1:
+            self._count(weight)
+            self.minmax = _get_qparams(observer)
+            return
+        rows = _Rows.choose(self.signed_scale, weight.shape, _SAMPLED, self.args)
+        own = rows.spread_both(self.signed_scale, self.zero_point)
+        self.samples = [(*rows.take(weight), *own, *rows.spread_both(*_get_qparams(observer)))]
 
     def _is_mx(self) -> bool:
         """Whether scales are those of an MX format, which a node of a weight does not say: all powers of two."""
@@ -282,17 +291,16 @@ class PictureRecorder(Recorder):
     def _sample(self, x: Tensor) -> None:
         """Rule 3."""
         x = x if x.dim() > 1 else x.reshape(1, -1)
-        rows = _choose_rows(x, _SAMPLED_A_BATCH)
-        values = x[rows]
-        self.num_sampled += values.numel()
-        if self.signed_scale is not None:
-            own = _spread_both(self.signed_scale, self.zero_point, rows, x.shape, self.args)
-            places = torch.arange(self.signed_scale.numel(), device=x.device).view(self.signed_scale.shape)
-            self.samples.append((values.float().flatten(), *own, _spread(places, rows, x.shape, self.args).flatten()))
-            return
-        qparams = self._find_scale(x if self.args.strategy == "tensor" else values)
-        own = _spread_both(*qparams, _choose_rows(values, values.numel()), values.shape, self.args)
-        self.samples.append((values.float().flatten(), *own, *own))
+        scale, zero_point = self._find_scale(x) if self.signed_scale is None else (self.signed_scale, self.zero_point)
+        rows = _Rows.choose(scale, x.shape, _SAMPLED_A_BATCH, self.args)
+        values, weights = rows.take(x)
+        self.num_sampled += len(values)
+        own = rows.spread_both(scale, zero_point)
+        if self.signed_scale is None:
+            self.samples.append((values, weights, *own, *own))
+        else:
+            places = torch.arange(scale.numel(), device=x.device).view(scale.shape)
+            self.samples.append((values, weights, *own, rows.spread(places)))
 
     def summarise(self) -> PicturedReport:
         """The report and the picture."""
@@ -315,20 +323,16 @@ class PictureRecorder(Recorder):
             values_N = list_values(self.dtype, seen_N.device)[seen_N]
             if self.signed_scale is None:
                 one = _as_floats((values_N.new_ones(1), None))
-                return Elements(values_N, counts_N, weights[0], True, *one, *one)
-            assert self.observer
-            own, minmax = (self.signed_scale, self.zero_point), _get_qparams(self.observer)
-            return Elements(values_N, counts_N, counts_N, False, *_as_floats(own), *_as_floats(minmax))
-        values_N, *qparams = (torch.cat(parts) for parts in zip(*self.samples, strict=True))
+                return Elements(values_N, counts_N, weights[0], self.noise.signal, True, True, *one, *one)
+            own = _as_floats((self.signed_scale, self.zero_point))
+            minmax = _as_floats(self.minmax or _get_qparams(self.observer))
+            return Elements(values_N, counts_N, counts_N, self.noise.signal, True, False, *own, *minmax)
+        values_N, weights_N, *qparams = (torch.cat(parts) for parts in zip(*self.samples, strict=True))
         if len(qparams) == 3:
-            assert self.observer
             scale_Q, zero_point_Q = (part.flatten() for part in _as_floats(_get_qparams(self.observer)))
             places_N = qparams.pop()
             qparams += [scale_Q[places_N], zero_point_Q.expand_as(scale_Q)[places_N]]
-        if self.signed_scale is not None and self.signed_scale.numel() == 1:
-            qparams = [qparam[:1] for qparam in qparams]
-        ones_N = torch.ones_like(values_N)
-        return Elements(values_N, ones_N, ones_N, False, *qparams)
+        return Elements(values_N, weights_N, weights_N, self.noise.signal, False, False, *qparams)
 
 
 def _measure_bytes(weight: Tensor, qparams: Sequence[Tensor | None], num_bits: int) -> int:
@@ -338,8 +342,9 @@ def _measure_bytes(weight: Tensor, qparams: Sequence[Tensor | None], num_bits: i
     return math.ceil(sum(packed) / 8) + sum(tensor.nbytes for tensor in (scale, global_scale) if tensor is not None)
 
 
-def _get_qparams(observer: Observer) -> tuple[Tensor, Tensor | None]:
+def _get_qparams(observer: Observer | None) -> tuple[Tensor, Tensor | None]:
     """The scale less the global one, and the zero point."""
+    assert observer
     scale, zero_point, global_scale = (observer.get_qparams()[name] for name in QPARAMS)
     assert scale is not None
     return scale if global_scale is None else scale / global_scale, None if observer.args.symmetric else zero_point
@@ -351,29 +356,58 @@ def _as_floats(qparams: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
     return scale, torch.zeros_like(scale) if zero_point is None else zero_point.float()
 
 
-def _choose_rows(value: Tensor, limit: int) -> tuple[Tensor, ...]:
-    """Indices of rows of the last dimension, evenly spread, of ``limit`` elements or little more."""
-    num_rows = value.numel() // value.shape[-1]
-    wanted = min(num_rows, max(1, limit // value.shape[-1]))
-    rows = torch.linspace(0, num_rows - 1, wanted, dtype=torch.float64).long().to(value.device)
-    return torch.unravel_index(rows, value.shape[:-1])
+class _Rows(NamedTuple):
+    """Rows of the last dimension of a value.
+
+    Attributes:
+        indices: of the value's other dimensions.
+        weights_R: how many rows each stands for.
+        shape: the value's.
+        args: the format.
+    """
+
+    indices: tuple[Tensor, ...]
+    weights_R: Tensor
+    shape: torch.Size
+    args: QuantizationArgs
+
+    @classmethod
+    def choose(cls, scale: Tensor, shape: torch.Size, limit: int, args: QuantizationArgs) -> "_Rows":
+        """Rule 3 of :class:`PictureRecorder`: rows of ``limit`` elements, or one."""
+        sizes_R = _list_groups(scale, shape, args).float().square().mean(-1).flatten()
+        num_rows, wanted = len(sizes_R), max(1, limit // shape[-1])
+        if wanted >= num_rows:
+            rows, weights_R = torch.arange(num_rows, device=scale.device), torch.ones_like(sizes_R)
+        else:
+            largest = sizes_R.topk(wanted // 2).indices
+            others = torch.ones_like(sizes_R, dtype=torch.bool).index_fill(0, largest, False).nonzero().flatten()
+            places = torch.linspace(0, len(others) - 1, wanted - len(largest), dtype=torch.float64).long()
+            others, share = others[places.to(others.device)], len(others) / len(places)
+            rows = torch.cat([largest, others])
+            weights_R = torch.cat([torch.ones_like(sizes_R[largest]), torch.full_like(sizes_R[others], share)])
+        return cls(torch.unravel_index(rows, shape[:-1]), weights_R, shape, args)
+
+    def take(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' elements, float32, and what each stands for."""
+        weights_N = self.weights_R[:, None].expand(-1, self.shape[-1]).reshape(-1)
+        return value[self.indices].float().flatten(), weights_N
+
+    def spread(self, qparam: Tensor) -> Tensor:
+        """The qparam of each element of the rows."""
+        by_group = _list_groups(qparam, self.shape, self.args)[self.indices]
+        size = self.args.block_structure[1] if self.args.block_structure else self.args.group_size
+        if by_group.shape[-1] == 1:
+            return by_group.expand(-1, self.shape[-1]).flatten()
+        return by_group.repeat_interleave(size or 1, -1)[:, : self.shape[-1]].flatten()
+
+    def spread_both(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each element, float32."""
+        both = _as_floats((scale, zero_point))
+        return self.spread(both[0]), self.spread(both[1])
 
 
-def _spread_both(
-    scale: Tensor, zero_point: Tensor | None, rows: tuple[Tensor, ...], shape: torch.Size, args: QuantizationArgs
-) -> tuple[Tensor, Tensor]:
-    both = _as_floats((scale, zero_point))
-    return _spread(both[0], rows, shape, args).flatten(), _spread(both[1], rows, shape, args).flatten()
-
-
-def _spread(qparam: Tensor, rows: tuple[Tensor, ...], shape: torch.Size, args: QuantizationArgs) -> Tensor:
-    """The qparam of each element of some rows of a value of ``shape``: shape (rows, shape[-1])."""
-    size = args.group_size or shape[-1]
-    if args.strategy == "block":
-        assert args.block_structure
-        height, size = args.block_structure
-        qparam = qparam.repeat_interleave(height, -2)[..., : shape[-2], :]
-    by_group = qparam.expand(*shape[:-1], -1)[rows]
-    if by_group.shape[-1] == 1:
-        return by_group.expand(-1, shape[-1])
-    return by_group.repeat_interleave(size, -1)[:, : shape[-1]]
+def _list_groups(qparam: Tensor, shape: torch.Size, args: QuantizationArgs) -> Tensor:
+    """The qparam of each group of each row of a value of ``shape``: shape (*shape[:-1], groups of a row), or 1."""
+    if args.block_structure:
+        qparam = qparam.repeat_interleave(args.block_structure[0], -2)[..., : shape[-2], :]
+    return qparam.expand(*shape[:-1], -1)

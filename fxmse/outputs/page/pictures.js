@@ -55,7 +55,7 @@ function drawHistogram(picture) {
   };
   const part =
     picture.num_shown < picture.num_elements
-      ? `${count(picture.num_shown)} of ${count(picture.num_elements)} elements, evenly spread.`
+      ? `${count(picture.num_shown)} of ${count(picture.num_elements)} elements, those with the largest scales and some of the others.`
       : null;
   const several =
     picture.scale === null ? "There are several scales: each element is shown in steps of its own." : null;
