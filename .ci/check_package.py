@@ -22,6 +22,8 @@ import importlib.metadata, sys
 import fxmse, fxmse.cli, fxmse.passes
 for module in (fxmse, fxmse.passes):
     assert module.__file__.startswith(sys.prefix), f"{module.__file__} is not the wheel's"
+from fxmse.outputs.report_html import render_page
+assert "<style>:root" in render_page({})
 assert fxmse.__version__ == importlib.metadata.version("fxmse")
 """
 
@@ -58,7 +60,8 @@ def check_contents(sdist: Path, wheel: Path, wheel_of_checkout: Path) -> None:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fxmse").rglob("*.py")}
     modules |= {"fxmse_command.py"} | {f"fxmse/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
     found = {name for name in names if ".dist-info/" not in name}
-    assert found == modules | {"fxmse/py.typed"}, f"in the wheel or the checkout alone: {found ^ modules}"
+    data = {"fxmse/py.typed"} | {f"fxmse/outputs/page/{path.name}" for path in (ROOT / "fxmse/outputs/page").iterdir()}
+    assert found == modules | data, f"in the wheel or the checkout alone: {found ^ modules ^ data}"
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}

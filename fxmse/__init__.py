@@ -4,6 +4,7 @@ from fxmse.calibration.backend import Calibration
 from fxmse.inputs.qparams import load_qparams
 from fxmse.outputs.checkpoint import save_pretrained
 from fxmse.outputs.exporting import export
+from fxmse.outputs.report_html import write_report
 from fxmse.outputs.reporting import report
 from fxmse.pipeline import calibrate, convert, prepare, quantize
 from fxmse.search.compiling import compilation
@@ -22,6 +23,7 @@ __all__ = [
     "quantize_checkpoint",
     "report",
     "save_pretrained",
+    "write_report",
 ]
 
 __version__ = "0.1.0"

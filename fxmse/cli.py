@@ -1,6 +1,7 @@
 """The command line: ``fxmse quantize``, ``fxmse plan``, ``fxmse inspect``, ``fxmse schemes``."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -27,8 +28,10 @@ from fxmse.inputs.models import Source, load_source
 from fxmse.inputs.programs import load_program
 from fxmse.inputs.weights import load_skeleton
 from fxmse.outputs.checkpoint import check_replaceable, check_saveable, find_tied, save_pretrained
+from fxmse.outputs.documents import make_document
 from fxmse.outputs.exporting import export, save_program
-from fxmse.outputs.files import check_apart, check_place
+from fxmse.outputs.files import check_apart, check_place, replace_file
+from fxmse.outputs.report_html import PAGE_SUFFIXES, check_page, read_document, render_json, render_page
 from fxmse.outputs.reporting import SiteReport, describe_format, report
 from fxmse.outputs.space import check_space, estimate_checkpoint, estimate_program
 from fxmse.outputs.summaries import COLUMNS, as_json, format_sites
@@ -41,8 +44,12 @@ __all__ = ["main"]
 
 REPORT_FILE = "fxmse_report.json"
 """The report's name inside of a .pt2 and of a checkpoint's folder."""
+PAGE_FILE = "fxmse_report.html"
+"""The page's name in a checkpoint's folder; a .pt2's is beside it, under the same name but for the ending."""
 
 _REPORTED_BATCHES = 4
+_PICTURED = ("json", "html", "full")
+"""What of ``--report`` measures all values, and what is drawn of them."""
 _BATCH_SIZE = 8
 _DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLES = """examples:
@@ -167,10 +174,11 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--report",
-        choices=("none", "summary", "full"),
+        choices=("none", "summary", *_PICTURED),
         default="summary",
         help="what is measured afterwards: the weights (summary, the default), or the other values, too, for which "
-        f"{_REPORTED_BATCHES} batches are run",
+        f"{_REPORTED_BATCHES} batches are run, with what a page draws of them: as JSON beside the result (json), as a "
+        "page to look at (html), or both (full)",
     )
     command.add_argument(
         "--decompose", action="store_true", help="write a .pt2 that loads where fxmse is not installed"
@@ -196,7 +204,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command.set_defaults(observer=None, observer_kwargs=None)
     _add_trust(command)
     command = add("inspect", _inspect, "print what was quantized how, and how well, in what fxmse quantize wrote")
-    command.add_argument("out", type=Path, metavar="OUT", help="a .pt2 or a checkpoint's folder")
+    command.add_argument("out", type=Path, metavar="OUT", help="a .pt2, a checkpoint's folder, or a report")
     command.add_argument("--all", action="store_true", help="every value; otherwise the worst ones")
     add("schemes", _list_schemes, "list the presets")
     return parser
@@ -246,32 +254,50 @@ def _quantize(options: argparse.Namespace) -> None:
         observed = prepare(source.module, config, example, bias_correction=options.bias_correction)
         _check_output(options, observed, source)
         quantized = convert(calibrate(observed, batches))
-        sites = _report(quantized, options.report, (batches or [example])[:_REPORTED_BATCHES])
-    summary = _summarise(options, sites, len(batches), start)
-    extra_files = {REPORT_FILE: json.dumps(summary, indent=1)}
+        document = _report(options, quantized, (batches or [example])[:_REPORTED_BATCHES])
+    document |= _list_facts(options, len(batches), start)
+    summary = document if options.report != "html" else _leave_pictures_out(document)
+    extra_files = {REPORT_FILE: render_json(summary)}
+    page = render_page(document) if options.report in ("html", "full") else None
     if _is_program(options.out):
         program = export(quantized, example, decompose=options.decompose)
         program = move_to_device_pass(program, "cpu") if options.device else program
         save_program(program, options.out, extra_files)
+        if page is not None:
+            with replace_file(_find_page(options.out)) as new:
+                new.write_text(page, encoding="utf-8")
     else:
+        extra_files |= {} if page is None else {PAGE_FILE: page}
         save_pretrained(quantized, source.model, options.out, extra_files=extra_files)
-    _print(_format(summary, options.json))
+    is_told = page is not None and not options.json
+    _print(_format(summary, options.json) + (f"\nto look at: {_find_page(options.out)}" if is_told else ""))
 
 
-def _summarise(options: argparse.Namespace, sites: list[SiteReport], num_batches: int, start: float) -> dict[str, Any]:
+def _list_facts(options: argparse.Namespace, num_batches: int, start: float) -> dict[str, Any]:
     return {
         "model": str(options.model),
         "scheme": options.scheme,
         "out": str(options.out),
         "batches": num_batches,
         "seconds": round(time.perf_counter() - start, 3),
-        "sites": [as_json(site) for site in sites],
     }
+
+
+def _leave_pictures_out(document: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of each value in numbers."""
+    fields = [field.name for field in dataclasses.fields(SiteReport)]
+    sites = [{name: site[name] for name in fields} for site in document["sites"]]
+    return {**{name: document[name] for name in ("model", "scheme", "out", "batches", "seconds")}, "sites": sites}
+
+
+def _find_page(out: Path) -> Path:
+    """Where the page of what is written there is."""
+    return out.with_suffix(PAGE_SUFFIXES[0]) if _is_program(out) else out / PAGE_FILE
 
 
 def _is_streamed(options: argparse.Namespace) -> bool:
     """Whether a model goes from folder to folder part by part: but for what needs all of it in memory."""
-    return not _is_program(options.out) and options.report != "full"
+    return not _is_program(options.out) and options.report not in _PICTURED
 
 
 def _stream(options: argparse.Namespace, config: QuantizationConfig, start: float) -> None:
@@ -286,8 +312,8 @@ def _stream(options: argparse.Namespace, config: QuantizationConfig, start: floa
     workers, rank, num_ranks = _find_workers(options.device)
 
     def make_files(sites: list[SiteReport]) -> dict[str, str]:
-        summary.update(_summarise(options, sites, len(batches), start))
-        return {REPORT_FILE: json.dumps(summary, indent=1)}
+        summary.update(_list_facts(options, len(batches), start), sites=[as_json(site) for site in sites])
+        return {REPORT_FILE: render_json(summary)}
 
     with _name_data(options):
         job = plan_job(skeleton, config, *batches[:1], options=stream_options, device=workers.own_device)
@@ -352,10 +378,11 @@ def _name_data(options: argparse.Namespace) -> Iterator[None]:
         raise ValueError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
-def _report(quantized: GraphModule, kind: str, batches: list[Any]) -> list[SiteReport]:
-    if kind == "none":
-        return []
-    return report(quantized, batches if kind == "full" else None)
+def _report(options: argparse.Namespace, quantized: GraphModule, batches: list[Any]) -> dict[str, Any]:
+    facts = _list_facts(options, len(batches), time.perf_counter())  # they come first
+    if options.report in _PICTURED:
+        return make_document(quantized, batches, facts)
+    return {**facts, "sites": [as_json(site) for site in report(quantized)] if options.report != "none" else []}
 
 
 def _check_output(options: argparse.Namespace, observed: GraphModule, source: Source) -> None:
@@ -398,12 +425,15 @@ def _check_paths(options: argparse.Namespace) -> None:
     if is_program:
         check_place(options.out, is_folder=False)
         check_apart(options.out, options.model)
+        if options.report in ("html", "full"):
+            check_page(_find_page(options.out))
     else:
         check_replaceable(options.out, options.model)
     if options.propagate != "float" and not _is_streamed(options):
-        raise ValueError("--propagate is for a folder that is written part by part: no .pt2 or --report full")
-    if torch.distributed.is_torchelastic_launched() and not _is_streamed(options):
-        raise ValueError("torchrun is for a folder that is written part by part: no .pt2 or --report full")
+        raise ValueError(
+            "--propagate is for a folder that is written part by part: no .pt2, no --device, and a --report of none or "
+            "summary"
+        )
     if options.bias_correction and options.data is None:
         raise ValueError("--bias-correction needs the means of inputs: give --data")
     options.before = _identify(options.out)
@@ -448,6 +478,10 @@ def _inspect(options: argparse.Namespace) -> None:
     content: str | bytes | None
     if _is_program(options.out):
         content = load_program(options.out)[1].get(REPORT_FILE)
+    elif options.out.suffix in PAGE_SUFFIXES:
+        content = read_document(read_text(options.out), options.out)
+    elif options.out.suffix == ".json":
+        content = read_text(options.out)
     else:
         file = options.out / REPORT_FILE
         check_link(file, options.out)

@@ -30,6 +30,9 @@ from fxmse.reading import check_nesting, quote, read_text
 
 __all__ = [
     "CONFIG_KEY",
+    "FLOAT_BIASES_KEY",
+    "KEPT_KEYS",
+    "LEFT_IN_FLOAT_KEY",
     "MODULES_KEY",
     "AllLeftInFloatError",
     "Config",
@@ -49,6 +52,12 @@ Config: TypeAlias = QuantizationConfig | QuantizationScheme | Mapping[str, Any] 
 
 CONFIG_KEY = "fxmse_config"
 """Where an observed graph's ``meta`` has the config that its observers were inserted by; folding keeps it."""
+LEFT_IN_FLOAT_KEY = "fxmse_left_in_float"
+"""Where it has what the config targets but stays float: (name, reason) pairs."""
+FLOAT_BIASES_KEY = "fxmse_float_biases"
+"""Where a folded graph's ``meta`` has the float model's biases, by name, in whose place it has corrected ones."""
+KEPT_KEYS = (CONFIG_KEY, LEFT_IN_FLOAT_KEY, FLOAT_BIASES_KEY)
+"""What of a graph's ``meta`` its copies have, too."""
 
 _DEFAULT_OBSERVER = "exact_mse"
 _FILES = (".json", ".yaml", ".yml")

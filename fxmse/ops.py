@@ -20,6 +20,7 @@ __all__ = [
     "FAKE_QUANTIZE",
     "dynamic_fake_quantize",
     "fake_quantize",
+    "find_dynamic_qparams",
     "is_fake_quantize",
 ]
 
@@ -122,6 +123,22 @@ def _dynamic_fake_quantize(
     Source: compressed-tensors ``compute_dynamic_scales_and_zp``. Deviation: that one takes the first two dimensions
     for a token's, so that a value of two dimensions is quantized per tensor; here a row is a token whatever the rest.
     """
+    grid = (num_bits, type)
+    scale, zero_point = find_dynamic_qparams(x, global_scale, *grid, symmetric, strategy, group_size, scale_dtype)
+    return _fake_quantize(x, scale, zero_point, global_scale, *grid, strategy, group_size)
+
+
+def find_dynamic_qparams(
+    x: Tensor,
+    global_scale: Tensor | None,
+    num_bits: int,
+    type: str,
+    symmetric: bool,
+    strategy: str,
+    group_size: int | None = None,
+    scale_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The scale and the zero point of a dynamic value, of whose arguments these are; None for a zero point of 0."""
     if strategy == "tensor":
         # A scale's range has 0 in it in any case, and so there is a smallest and a largest where there is no token.
         rows = [x.reshape(-1, x.shape[-1]), x.new_zeros(1, x.shape[-1])] if x.dim() else [x.reshape(1)]
@@ -134,8 +151,7 @@ def _dynamic_fake_quantize(
         min, max = groups.amin(-1), groups.amax(-1)
     format = Format(Grid(num_bits, type), symmetric, scale_dtype, is_mx=scale_dtype == torch.uint8)
     scale, zero_point = calculate_scale_and_zero_point(min, max, format, dtype=x.dtype, global_scale=global_scale)
-    arguments = (num_bits, type, strategy, group_size)
-    return _fake_quantize(x, scale, None if symmetric else zero_point, global_scale, *arguments)
+    return scale, None if symmetric else zero_point
 
 
 def _pass_straight_through(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:

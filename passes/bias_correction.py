@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import find_owner, get_attribute, list_graphs, make_container, replace_parameter
+from fxmse.config import FLOAT_BIASES_KEY
 from fxmse.observers.arrangements import Patches
 from fxmse.observers.inputs import Mean
 from fxmse.passes.arranging import find_arrangement
@@ -130,6 +131,8 @@ def _insert(op: BiasedOp) -> None:
 def correct_biases(means: Iterable[tuple[Node, Mean]], weights: Mapping[str, Node]) -> None:
     """Gives graphs new parameters in place of biases, each once, under their names and in their dtypes.
 
+    The biases themselves are kept in the graphs' ``meta``.
+
     Args:
         means: the nodes that :func:`insert_means` put in, which are in the graphs no more.
         weights: the fake-quantize node of each weight by the name that its probe had.
@@ -141,4 +144,5 @@ def correct_biases(means: Iterable[tuple[Node, Mean]], weights: Mapping[str, Nod
         rows, quantized = evaluate(graph_module, weight.args[0]), evaluate(graph_module, weight)
         bias = get_attribute(graph_module, mean.bias)
         corrected = mean.correct(bias.detach(), rows.detach(), quantized.detach())
+        graph_module.meta.setdefault(FLOAT_BIASES_KEY, {})[mean.bias] = bias
         replace_parameter(graph_module, mean.bias, nn.Parameter(corrected, requires_grad=bias.requires_grad))

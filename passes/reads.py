@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import find_place, find_regions, get_attribute
 from fxmse.config import (
+    LEFT_IN_FLOAT_KEY,
     MODULES_KEY,
     AllLeftInFloatError,
     Matches,
@@ -70,8 +71,8 @@ class Read:
 def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Read]:
     """What ``config`` quantizes in a graph and those in it, and has no probe yet, in the graphs' order.
 
-    What stays float though a target names it is said in one warning. Routers do (:mod:`fxmse.passes.routers`) unless a
-    target is their name or an expression for it: as runtimes have it.
+    What stays float though a target names it is said in one warning, and kept in the graph's ``meta``. Routers do
+    (:mod:`fxmse.passes.routers`) unless a target is their name or an expression for it: as runtimes have it.
 
     Raises:
         AllLeftInFloatError: nothing of what is targeted can be quantized.
@@ -87,10 +88,10 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
         {**weighted, **{key: module for key, (module, _) in hidden.items()}},
         {(o.path, o.class_name): o.module for o in operations if not o.has_weight},
     )
-    left_in_float = [f"{key[0]} ({reason})" for key, (_, reason) in hidden.items() if key in matches.modules]
+    left_in_float = [(key[0], reason) for key, (_, reason) in hidden.items() if key in matches.modules]
     refused, reads = [], []
     routers = _find_unnamed_routers(config, operations)
-    left_in_float += [f"{o.path or n.name} ({_ROUTER})" for n, o in routers.items() if _find_scheme(o, matches, None)]
+    left_in_float += [(o.path or n.name, _ROUTER) for n, o in routers.items() if _find_scheme(o, matches, None)]
     vmapped = set(itertools.chain.from_iterable(_find_vmapped(graph) for graph, _ in graphs))
     for graph, versions, operation in found:
         scheme = None if operation.node in routers else _find_scheme(operation, matches, config.kv_cache_scheme)
@@ -106,12 +107,14 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
             except ValueError as error:
                 refused.append(str(error))
     if config.kv_cache_scheme and not any(operation.is_attention for operation in operations):
-        left_in_float.append("the kv cache (no scaled_dot_product_attention or softmax(q k) v is in the graph)")
-    left = "; ".join(dict.fromkeys(left_in_float))
+        left_in_float.append(("the kv cache", "no scaled_dot_product_attention or softmax(q k) v is in the graph"))
+    left_in_float = list(dict.fromkeys(left_in_float))
+    left = "; ".join(f"{name} ({reason})" for name, reason in left_in_float)
     if left and not reads and not refused and not any(find_probes(graph_module)):
         raise AllLeftInFloatError(f"all that the config targets stays in float: {left}")
     if left:
         warnings.warn(f"left in float: {left}", UserWarning, stacklevel=2)
+    graph_module.meta[LEFT_IN_FLOAT_KEY] = left_in_float
     if refused:
         names = "\n  ".join(dict.fromkeys(refused))
         raise ValueError(f"the config asks for what cannot be quantized so:\n  {names}")
@@ -229,18 +232,18 @@ def _has_values(graph_module: GraphModule, operation: Operation) -> bool:
 
 def _list_left_in_float(
     graph_module: GraphModule, operation: Operation, scheme: QuantizationScheme, is_hidden: bool
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
     where = operation.path or operation.node.name
     if is_hidden:
-        yield f"{where} ({_VMAP})"
+        yield where, _VMAP
         return
     if scheme.weights and operation.has_weight and not operation.weight:
-        yield f"{where} (its weight depends on the data, or the graph writes it)"
+        yield where, "its weight depends on the data, or the graph writes it"
         return
     if scheme.weights and operation.has_weight and not _has_values(graph_module, operation):
-        yield f"{where} (its weight is empty)"
+        yield where, "its weight is empty"
     if scheme.input_activations and not operation.operands:
-        yield f"the input of {where} (it is an index)"
+        yield f"the input of {where}", "it is an index"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,10 @@ def quantize(folder, *arguments, model="mlp.pt2", scheme="FP8", data="x.safetens
     return run("quantize", folder / model, "--scheme", scheme, *data_arguments, *arguments)
 
 
-@pytest.mark.parametrize(("kind", "measured"), [("none", None), ("summary", {"weight"}), ("full", {"weight", "input"})])
+KINDS = {"none": None, "summary": {"weight"}, **{kind: {"weight", "input"} for kind in ("json", "html", "full")}}
+
+
+@pytest.mark.parametrize(("kind", "measured"), KINDS.items())
 def test_a_report_is_as_long_as_wanted(folder, tmp_path, capsys, kind, measured):
     out = tmp_path / "out.pt2"
     assert quantize(folder, "--report", kind, "--out", out, "--json") == 0
@@ -58,6 +61,31 @@ def test_a_report_is_as_long_as_wanted(folder, tmp_path, capsys, kind, measured)
     assert {site["role"] for site in sites if site["range_ratio"] is not None} == measured
     assert run("inspect", out) == 0
     assert ("2 not measured (--report full)" in capsys.readouterr().out) == (kind == "summary")
+    assert all("picture" in site for site in sites) == (kind in ("json", "full"))
+    page = tmp_path / "out.html"
+    assert page.exists() == (kind in ("html", "full"))
+    if page.exists():
+        assert run("inspect", page, "--json") == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert [site["sqnr"] for site in shown["sites"]] == [site["sqnr"] for site in sites]
+        assert shown["sites"][0]["picture"]["counts"]
+
+
+def test_the_page_of_a_folder_is_in_it_and_no_other_file_is_replaced(folder, tmp_path, capsys):
+    arguments = ["--report", "html", "--dtype", "bfloat16"]
+    for _ in range(2):  # the second replaces it
+        assert quantize(folder, *arguments, "--out", tmp_path / "out", model="tied", scheme="W4A16", data=None) == 0
+    page = tmp_path / "out" / "fxmse_report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == f"to look at: {page}"
+    assert run("inspect", page) == 0
+    from_page = capsys.readouterr().out
+    assert run("inspect", tmp_path / "out" / "fxmse_report.json") == 0
+    assert capsys.readouterr().out == from_page
+    (tmp_path / "mlp.html").write_text("mine")
+    assert quantize(folder, "--report", "html", "--out", tmp_path / "mlp.pt2") == 1
+    assert "mlp.html is a page that fxmse did not write" in capsys.readouterr().err
+    assert run("inspect", tmp_path / "mlp.html") == 1
+    assert "mlp.html has no report" in capsys.readouterr().err
 
 
 def make_site(place, sqnr, role="weight"):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fxmse.capture.attributes import find_place, get_attribute
 from fxmse.capture.evaluation import evaluate
 from fxmse.capture.exporting import export_module, warn_if_fixed, without_cache
-from fxmse.config import CONFIG_KEY, MODULES_KEY
+from fxmse.config import KEPT_KEYS, MODULES_KEY
 
 __all__ = ["capture", "check_graph", "copy_graph_module", "split_inputs"]
 
@@ -88,8 +88,7 @@ def copy_graph_module(graph_module: GraphModule) -> GraphModule:
         region = get_attribute(copied, str(node.target))
         if isinstance(region, GraphModule):
             copied.set_submodule(str(node.target), copy_graph_module(region))
-    if CONFIG_KEY in graph_module.meta:
-        copied.meta[CONFIG_KEY] = graph_module.meta[CONFIG_KEY]
+    copied.meta.update({key: graph_module.meta[key] for key in KEPT_KEYS if key in graph_module.meta})
     return copied
 
 

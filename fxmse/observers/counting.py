@@ -16,7 +16,7 @@ from torch import Tensor
 from fxmse.formats.layout import Layout
 from fxmse.search.compiling import attempt, pays_to_compile
 
-__all__ = ["convert_counts", "count", "count_non_finite", "count_patterns", "list_values"]
+__all__ = ["convert_counts", "count", "count_non_finite", "count_patterns", "find_patterns", "list_values"]
 
 _MAX_ENTRIES = 1 << 26  # of a table: half a gigabyte
 _AT_A_TIME = 1 << 22  # elements whose indices are held at a time
@@ -146,15 +146,20 @@ def _load_kernels() -> dict[int, Any]:
 
 
 def _count_by_index(values_OQG: Tensor, patterns: _Patterns, counts: Tensor) -> None:
-    mask = patterns.size - 1
     one = torch.ones(1, dtype=counts.dtype, device=counts.device)
-    for group, values_OG in enumerate(values_OQG.view(patterns.integer).unbind(1)):
+    for group, values_OG in enumerate(values_OQG.unbind(1)):
         for part in values_OG.flatten().split(_AT_A_TIME):
-            index = (part.int() >> patterns.shift) & mask
+            index = find_patterns(part)
             if index.device.type == "cpu":
                 counts[group] += torch.bincount(index, minlength=patterns.size)
             else:  # where bincount waits for the device
                 counts[group].index_add_(0, index, one.expand(len(index)))
+
+
+def find_patterns(value: Tensor) -> Tensor:
+    """The place of each element's pattern in a table, int32, the value's shape."""
+    patterns = _Patterns.of(value.dtype)
+    return (value.to(patterns.dtype).view(patterns.integer).int() >> patterns.shift) & (patterns.size - 1)
 
 
 def count_patterns(dtype: torch.dtype) -> int:

@@ -10,5 +10,9 @@
 - ``inductor``: fake-quantize nodes as a custom pass of Inductor.
 - ``noise``: how much quantization changes a value.
 - ``reporting``: what quantization did to each value.
+- ``depth``: how the error grows through a model.
+- ``pictures``: what is drawn of a value.
 - ``summaries``: reports for people.
+- ``documents``: all that a report says, as data.
+- ``report_html``: that data as a page.
 """

@@ -68,7 +68,7 @@ _TOKENIZER_FILES = (
 )
 # What a checkpoint is made of. All else in a folder was put there by somebody: it stays.
 _OWN_FILES = re.compile(
-    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|fxmse_report\.json"
+    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|fxmse_report\.(json|html)"
 )
 
 
@@ -126,7 +126,7 @@ def save_pretrained(
         if model.name_or_path:
             copy_tokenizer(Path(str(model.name_or_path)), folder)
         for name, content in (extra_files or {}).items():
-            (folder / name).write_text(content)
+            (folder / name).write_text(content, encoding="utf-8")
         if os.path.exists(path):
             keep_others(Path(path), folder)
 

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from fxmse.calibration.observing import check_batches
 from fxmse.capture.attributes import get_attribute
 from fxmse.capture.front_ends import check_graph, copy_graph_module, split_inputs
 from fxmse.observers.arrangements import Experts
-from fxmse.observers.base import Observer
+from fxmse.observers.base import QPARAMS, Observer
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE, is_fake_quantize
 from fxmse.outputs.noise import Noise, find_scale, measure_weight, sum_noise
 from fxmse.passes.arranging import find_choices
@@ -27,7 +27,7 @@ from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
 from fxmse.passes.versions import Versions
 
-__all__ = ["SiteReport", "describe_format", "report"]
+__all__ = ["Recorder", "SiteReport", "describe_format", "find_site", "report", "watch"]
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,22 @@ def report(quantized: GraphModule, batches: Iterable[Any] | None = None) -> list
     Raises:
         ValueError: a model, a graph without fake-quantize nodes, or no batches, or a single one.
     """
+    return watch(quantized, batches)
+
+
+def watch(
+    quantized: GraphModule, batches: Iterable[Any] | None, make_recorder: "Callable[..., Recorder] | None" = None
+) -> list[SiteReport]:
+    """:func:`report`, with recorders of another class where ``make_recorder`` is given."""
     check_graph(quantized, "fxmse.convert")
     check_batches(batches)
     watched = copy_graph_module(quantized)
     OpenRegions()(watched)
-    reports: list[SiteReport | _Recorder] = []
+    reports: list[SiteReport | Recorder] = []
     for graph in list_open_graphs(watched):
         versions = Versions(graph)
         for node in [node for node in graph.graph.nodes if is_fake_quantize(node)]:
-            recorder = _make_recorder(graph, node)
+            recorder = _make_recorder(graph, node, make_recorder or Recorder)
             if _is_weight(graph, versions, node):
                 recorder.measure(*map_arg(node.args, functools.partial(evaluate, graph)))
                 if batches is not None:
@@ -97,7 +104,7 @@ def report(quantized: GraphModule, batches: Iterable[Any] | None = None) -> list
     if not reports:
         raise ValueError("the graph has no fake-quantize nodes: make it with fxmse.convert")
     if batches is not None:
-        _run(watched, batches, is_needed=any(isinstance(found, _Recorder) for found in reports))
+        _run(watched, batches, is_needed=any(isinstance(found, Recorder) for found in reports))
     return [found if isinstance(found, SiteReport) else found.summarise() for found in reports]
 
 
@@ -119,12 +126,30 @@ def describe_format(args: QuantizationArgs) -> str:
     return f"{args.type}{args.num_bits} {symmetry} {args.strategy}{size}{dynamic}"
 
 
-class _Recorder(nn.Module):
-    """Adds up what a fake-quantize node changes."""
+class Recorder(nn.Module):
+    """Adds up what a fake-quantize node changes.
 
-    def __init__(self, module: str, role: str, args: QuantizationArgs, scale: Tensor | None) -> None:
+    Args:
+        module: as in :class:`SiteReport`.
+        role: as there.
+        args: the format.
+        scale: less the global one; None where it is dynamic.
+        zero_point: as it is stored; None for 0.
+        global_scale: of a dynamic value whose scales have one.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        role: str,
+        args: QuantizationArgs,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        global_scale: Tensor | None,
+    ) -> None:
         super().__init__()
         self.module, self.role, self.args = module, role, args
+        self.signed_scale, self.zero_point, self.global_scale = scale, zero_point, global_scale
         self.scale = None if scale is None else scale.abs()
         self.has_seen = False
         self.noise = Noise()
@@ -140,6 +165,7 @@ class _Recorder(nn.Module):
         self.noise, self.minmax_scale = measure_weight(weight, arguments[:3], self.args)
 
     def forward(self, x: Tensor, quantized: Tensor) -> Tensor:
+        """Looks at a value, and passes on what it was quantized to."""
         self.has_seen = True
         if self.observer:
             self.observer(x)
@@ -147,6 +173,7 @@ class _Recorder(nn.Module):
         return quantized
 
     def summarise(self) -> SiteReport:
+        """The report on all that was seen."""
         scale = self.scale
         return SiteReport(
             module=self.module,
@@ -193,30 +220,33 @@ _DYNAMIC_NAMES = ("x", "global_scale", "num_bits", "type", "symmetric", "strateg
 def _is_weight(graph_module: GraphModule, versions: Versions, node: Node) -> bool:
     """Whether a node quantizes a weight that is the same in every run."""
     is_static = node.target is FAKE_QUANTIZE and find_sources(graph_module, versions, node) is not None
-    return is_static and _find_site(node)[1] == "weight"
+    return is_static and find_site(node)[1] == "weight"
 
 
-def _make_recorder(graph_module: GraphModule, node: Node) -> _Recorder:
+def _make_recorder(graph_module: GraphModule, node: Node, make: Callable[..., Recorder]) -> Recorder:
     """What looks at a fake-quantize node."""
     is_dynamic = node.target is DYNAMIC_FAKE_QUANTIZE
     arguments: dict[str, Any] = dict(zip(_DYNAMIC_NAMES if is_dynamic else _NAMES, node.args, strict=False))
-    _, scale, global_scale = (arguments.pop(name, None) for name in ("x", "scale", "global_scale"))
+    scale, zero_point, global_scale = (
+        get_attribute(graph_module, str(found.target)) if isinstance(found, Node) else None
+        for found in (arguments.pop(name, None) for name in QPARAMS)
+    )
+    arguments.pop("x")
     if is_dynamic:
         arguments["dynamic"] = "local" if global_scale is not None else True
     else:
-        arguments["symmetric"] = arguments.pop("zero_point") is None
+        arguments["symmetric"] = zero_point is None
         arguments["scale_dtype"] = None if global_scale is None else torch.float8_e4m3fn
     if arguments.get("block_structure"):
         arguments["block_structure"] = list(arguments["block_structure"])
     args = QuantizationArgs.model_validate(arguments)
-    module, role = _find_site(node)
-    tensor = None if is_dynamic else get_attribute(graph_module, str(scale.target))
-    if isinstance(global_scale, Node) and tensor is not None:
-        tensor = tensor / get_attribute(graph_module, str(global_scale.target))
-    return _Recorder(module, role, args, tensor)
+    module, role = find_site(node)
+    if scale is not None and global_scale is not None:
+        scale, global_scale = scale / global_scale, None
+    return make(module, role, args, scale, zero_point, global_scale)
 
 
-def _watch(graph_module: GraphModule, node: Node, recorder: _Recorder) -> None:
+def _watch(graph_module: GraphModule, node: Node, recorder: Recorder) -> None:
     """Has a recorder look at what a fake-quantize node reads and gives in each run."""
     name = f"{node.name}_recorder"
     graph_module.add_submodule(name, recorder)
@@ -225,7 +255,7 @@ def _watch(graph_module: GraphModule, node: Node, recorder: _Recorder) -> None:
     node.replace_all_uses_with(watched, delete_user_cb=lambda user: user is not watched)
 
 
-def _count_choices(graph_module: GraphModule, node: Node, recorder: _Recorder) -> None:
+def _count_choices(graph_module: GraphModule, node: Node, recorder: Recorder) -> None:
     """Has a recorder of experts' weights count the tokens of each expert in each run."""
     if recorder.scale is None or recorder.scale.dim() != 3:
         return
@@ -238,7 +268,7 @@ def _count_choices(graph_module: GraphModule, node: Node, recorder: _Recorder) -
         recorder.counters.append(counter)
 
 
-def _find_site(node: Node) -> tuple[str, str]:
+def find_site(node: Node) -> tuple[str, str]:
     """The module and the role that a fake-quantize node is named after: by its scale's buffer, or as folding noted."""
     scale = node.args[1]
     if isinstance(scale, Node):
