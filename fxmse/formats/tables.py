@@ -1,9 +1,10 @@
-"""Small tables that a compiled graph looks things up in."""
+"""What is only of use in a graph: whether there is one, and small tables that it looks things up in."""
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
-__all__ = ["keep", "keep_integers"]
+__all__ = ["is_traced", "keep", "keep_integers"]
 
 
 def keep(table: Tensor) -> Tensor:
@@ -19,3 +20,8 @@ def keep_integers(table: Tensor) -> Tensor:
     """:func:`keep`, of a table of whole numbers that float32 holds exactly."""
     # Vectors of floats are loaded faster than those of integers.
     return keep(table.float()).to(torch.int32)
+
+
+def is_traced(value: Tensor) -> bool:
+    """Whether somebody else's graph is being made, or ``value`` has no data that a kernel could read."""
+    return torch.compiler.is_compiling() or isinstance(value, FakeTensor)
