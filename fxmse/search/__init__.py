@@ -12,6 +12,7 @@ The reference's search, which shrinks a group's range step by step:
 - ``options``: which ranges are tried, and what they are judged by.
 - ``shrunk_ranges``: the candidates and their errors.
 - ``patience``: which candidate the reference's loop ends with.
+- ``near_ties``: which of nearly equal errors is less.
 - ``shrinking``: the search.
 
 The search for the optimum, of all ranges that a format can store:

@@ -18,7 +18,9 @@ __all__ = [
     "OptimumProblem",
     "Places",
     "cross",
+    "list_stored",
     "make_candidates",
+    "place_ranges",
     "store_scale",
     "take",
 ]
@@ -32,6 +34,19 @@ class OptimumProblem(Arithmetic):
 
     dtype: torch.dtype  # that scales are stored in, where the format names none
     both_signs: bool = False  # of scales
+    num_basins: int = (
+        1  # valleys that are looked at closely; of more than one, scales are listed over all that may be best
+    )
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What scales are stored in."""
+        return self.format.scale_dtype or self.dtype
+
+    @property
+    def lists_stored(self) -> bool:
+        """Whether all scales that can be stored and may be best are evaluated, of bfloat16 128 an octave."""
+        return self.num_basins > 1 and self.scale_dtype == torch.bfloat16
 
     @property
     def num_signs(self) -> int:
@@ -45,7 +60,7 @@ class OptimumProblem(Arithmetic):
             return _NUM_POWERS_OF_TWO
         if self.format.scale_dtype != torch.float8_e4m3fn or not self.format.symmetric:
             return None
-        low = 0.25 if self.format.grid.type == "int" else 0.8
+        low = 0.25 if self.format.grid.type == "int" else 0.7
         return 2 + math.ceil(8 * math.log2(self.top_ratio / low))  # eight in each octave
 
     @property
@@ -79,8 +94,8 @@ class Places(NamedTuple):
 
 
 def take(table_CQ: Tensor, index_Q: Tensor) -> Tensor:
-    """Each group's entry at its index, [1, Q]."""
-    return table_CQ.gather(0, index_Q[None])
+    """Each group's entry at its index, [1, Q]; of several indices [B, Q] as many."""
+    return table_CQ.gather(0, index_Q if index_Q.dim() == 2 else index_Q[None])
 
 
 def cross(table_CQ: Tensor, table_TQ: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,17 +112,35 @@ def make_candidates(problem: OptimumProblem, own: Range, global_scale: Tensor | 
         exact_Q = calculate_exact_scale(low_Q, high_Q, problem.format, None)
         exact_Q = torch.where(own.min > own.max, -exact_Q, exact_Q)
         return Candidates(store_scale(problem, exact_Q * places.ratio_CQ, global_scale), None)
+    span_Q = own.max.clamp(min=0) - own.min.clamp(max=0)
+    scale_CQ = store_scale(problem, span_Q / (grid.qmax - grid.qmin) * places.ratio_CQ, global_scale)
+    return place_ranges(problem, own, scale_CQ, places.place_CQ)
+
+
+def place_ranges(problem: OptimumProblem, own: Range, scale_CQ: Tensor, place_CQ: Tensor) -> Candidates:
+    """The candidates of these scales whose ranges are at places in the group's, where the format is asymmetric."""
+    grid = problem.format.grid
+    if problem.format.symmetric:
+        return Candidates(scale_CQ, None)
     low_Q = own.min.clamp(max=0)
     span_Q = own.max.clamp(min=0) - low_Q
-    num_steps = grid.qmax - grid.qmin
-    scale_CQ = store_scale(problem, span_Q / num_steps * places.ratio_CQ, global_scale)
-    low_CQ = low_Q + places.place_CQ * (span_Q - scale_CQ * num_steps)
+    low_CQ = low_Q + place_CQ * (span_Q - scale_CQ * (grid.qmax - grid.qmin))
     return Candidates(scale_CQ, grid.round((grid.qmin - low_CQ / scale_CQ).clamp(grid.qmin, grid.qmax)))
 
 
 def store_scale(problem: OptimumProblem, scale: Tensor, global_scale: Tensor | None) -> Tensor:
-    """A scale as it will be stored, in units of x."""
-    dtype = problem.format.scale_dtype or problem.dtype
+    """A scale as it will be stored, in units of x; one whose range float32 holds."""
+    # Half precision may round it up.
+    grid = problem.format.grid
+    largest = torch.finfo(torch.float32).max / (grid.qmax - grid.qmin) * (2 - 2.0**-6)
     if global_scale is None:
-        return round_scale(scale, dtype)
-    return round_scale(scale * global_scale, dtype) / global_scale
+        return round_scale(scale.clamp(-largest, largest), problem.scale_dtype)
+    return round_scale((scale * global_scale).clamp(-largest, largest), problem.scale_dtype) / global_scale
+
+
+def list_stored(problem: OptimumProblem, lowest: Tensor, num_scales: int, global_scale: Tensor | None) -> Tensor:
+    """The bfloat16 scales from those of ``lowest``, [1, Q], as they are stored, on, (num_scales, Q)."""
+    stored = lowest if global_scale is None else lowest * global_scale
+    steps = torch.arange(num_scales, device=lowest.device, dtype=torch.int32)[:, None]
+    stored = round_scale(stored, problem.scale_dtype).view(torch.int32) + (steps << 16)
+    return store_scale(problem, stored.view(torch.float32), None) / (1.0 if global_scale is None else global_scale)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fxmse.formats.grids import Format, Grid
-from fxmse.formats.tables import keep
-from fxmse.search.compiling import is_traced
+from fxmse.formats.tables import is_traced, keep
 from fxmse.search.tiles import Arithmetic, split_pairs
 
 __all__ = ["list_errors", "sum_moments", "sum_powers"]

@@ -10,15 +10,26 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fxmse.formats.scales import calculate_range_of_scale
-from fxmse.search.candidates import Candidates, OptimumProblem, Places, cross, make_candidates, store_scale, take
-from fxmse.search.plan import NUM_LAST
+from fxmse.formats.scales import calculate_range_of_scale, calculate_scale_and_zero_point
+from fxmse.search.candidates import (
+    Candidates,
+    OptimumProblem,
+    Places,
+    cross,
+    list_stored,
+    make_candidates,
+    place_ranges,
+    store_scale,
+    take,
+)
+from fxmse.search.plan import NUM_LAST, NUM_SHRUNK
 from fxmse.search.tiles import Range
 
 __all__ = ["PLACES", "Found", "Sum", "Sums", "narrow_down", "report_ranges"]
 
 # Of an asymmetric grid's range in the group's: from its lower end to its upper end.
 PLACES = (0.5, 0.0, 0.25, 0.75, 1.0)
+_FAR_PLACES = (0.5, 0.0, 1.0)
 _NEAR_PLACES = tuple(i / 32 for i in range(-5, 6) if i)
 _NEAR_ZERO_POINTS = (0.0, -1.0, 1.0, -2.0, 2.0)
 
@@ -67,16 +78,18 @@ def narrow_down(
         sums = Sums(_take_both_signs(sums.powers), _take_both_signs(sums.moments))
     search = _Search.of(problem, sums, listed, global_scale)
     best = search.look_around(coarse_C, middle_C, limit)
-    ratio_1Q = best.places.ratio_CQ if problem.format.grid.type == "int" else torch.ones_like(best.places.ratio_CQ)
+    is_listed = problem.format.grid.type == "float" or problem.num_basins > 1
+    ratio_1Q = torch.ones_like(best.places.ratio_CQ) if is_listed else best.places.ratio_CQ
     candidates, places = search.list_valleys(best, torch.minimum(fine_C[:, None] * ratio_1Q, limit))
     # Much of what was counted may be rounded to something else at the next scale of a float grid.
     has_valleys = problem.power.exponent == 2 and not (is_counted and problem.format.grid.type == "float")
-    best = search.look_closely(best, candidates, places, fine_C[1] - fine_C[0], last_C, has_valleys)
+    has_valleys = has_valleys and not problem.lists_stored
+    best = search.look_closely(best, candidates, places, fine_C, last_C, has_valleys)
     if is_counted and not problem.format.symmetric:
         # The best one may be at the edge of what was looked at.
         best = search.look_beside(best, best.candidate, best.places, last_C)
     if problem.both_signs:
-        best = best.choose_sign()
+        best = best.choose_sign(own)
     scale_1Q, zero_point_1Q = best.candidate
     zero_point_Q = None if zero_point_1Q is None else zero_point_1Q[0]
     return report_ranges(
@@ -121,7 +134,8 @@ class _Search:
             # What the group's own range gives is a candidate, too.
             exact = best._replace(error_Q=self._score(best.candidate)[0])
             best = exact.improve(self._score(self.first), self.first, best.places)
-        if self.problem.format.grid.type == "float":
+        best = best.improve(*self._list_shrunk())
+        if self.problem.format.grid.type == "float" or self.problem.num_basins > 1:
             return best
         ratio_CQ = torch.minimum(best.places.ratio_CQ * middle_C[:, None], limit)
         best = self._improve_at(best, Places(*cross(ratio_CQ, places_TQ)))
@@ -130,61 +144,108 @@ class _Search:
         near_TQ = (best.places.place_CQ + self._list_steps(_NEAR_PLACES)).clamp(0, 1)
         return self._improve_at(best, Places(*cross(best.places.ratio_CQ, near_TQ)))
 
+    def _list_shrunk(self) -> tuple[Tensor, Candidates, Places]:
+        """The ranges that the reference tries, and their errors: none of them shall be better."""
+        low_Q, high_Q = self.own.min.minimum(self.own.max), self.own.max.maximum(self.own.min)
+        ratio_CQ = 1 - torch.arange(NUM_SHRUNK, device=low_Q.device)[:, None] / 100 + low_Q * 0
+        scale_CQ, zero_point_CQ = calculate_scale_and_zero_point(
+            low_Q * ratio_CQ,
+            high_Q * ratio_CQ,
+            self.problem.format,
+            dtype=self.problem.dtype,
+            global_scale=self.global_scale,
+        )
+        if self.global_scale is not None:
+            scale_CQ = scale_CQ / self.global_scale
+        span_Q = high_Q.clamp(min=0) - low_Q.clamp(max=0)
+        place_Q = torch.where(span_Q > 0, -low_Q.clamp(max=0) / span_Q, 0.0)
+        scale_CQ = torch.where(self.own.min > self.own.max, -scale_CQ, scale_CQ)
+        candidates = Candidates(scale_CQ, None if self.problem.format.symmetric else zero_point_CQ)
+        return self._score(candidates), candidates, Places(ratio_CQ, place_Q.expand_as(ratio_CQ))
+
     def list_valleys(self, best: "_Best", ratio_CQ: Tensor) -> tuple[Candidates, Places]:
         """Candidates of these scales near the best one."""
         places = Places(ratio_CQ, best.places.place_CQ.expand_as(ratio_CQ))
+        if self.problem.num_basins > 1:
+            places = Places(*cross(ratio_CQ, self._list_steps(_FAR_PLACES)))
         candidates = self._make(places)
+        if self.problem.lists_stored:
+            lowest_1Q = self._make(Places(ratio_CQ[:1], ratio_CQ[:1])).scale_CQ
+            stored_CQ = list_stored(self.problem, lowest_1Q, len(ratio_CQ), self.global_scale)
+            scale_CQ = stored_CQ.repeat_interleave(len(places.ratio_CQ) // len(ratio_CQ), 0)
+            candidates = place_ranges(self.problem, self.own, scale_CQ, places.place_CQ)
         if best.candidate.zero_point_CQ is None or candidates.zero_point_CQ is None:
             return candidates, places
         # Where little is clamped the place is arbitrary and may not do for other scales: with the zero point, too.
-        zero_point_CQ = torch.cat([candidates.zero_point_CQ, best.candidate.zero_point_CQ.expand_as(ratio_CQ)])
-        return Candidates(candidates.scale_CQ.repeat(2, 1), zero_point_CQ), Places(*(t.repeat(2, 1) for t in places))
+        times = len(candidates.scale_CQ) // len(ratio_CQ)
+        scale_CQ, *place = (t[::times] for t in (candidates.scale_CQ, *places))
+        zero_point_CQ = best.candidate.zero_point_CQ.expand_as(scale_CQ)
+        candidates = Candidates(
+            torch.cat([candidates.scale_CQ, scale_CQ]), torch.cat([candidates.zero_point_CQ, zero_point_CQ])
+        )
+        return candidates, Places(*(torch.cat(pair) for pair in zip(places, place, strict=True)))
 
     def look_closely(
         self,
         best: "_Best",
         candidates: Candidates,
         places: Places,
-        spacing: Tensor,
+        near_C: Tensor,
         last_C: Tensor,
         has_valleys: bool,
     ) -> "_Best":
         """The best scale and zero point around the best candidate, or of the best valley that candidates are in."""
         if has_valleys:
-            index_Q, change_1Q = self._follow_moments(candidates)
+            errors_CQ, change_CQ = self._find_depths(candidates)
             # Where few scales can be stored those beside it are looked at.
-            change = spacing * 0.05 + torch.finfo(self.problem.dtype).eps * 0.7
-            near_C = torch.stack([change * 0, -change, change])
+            change = (near_C[1] - near_C[0]) * 0.05 + torch.finfo(self.problem.scale_dtype).eps * 0.7
+            last = torch.stack([change * 0, -change, change])
         else:
-            errors_CQ = self._score(candidates)
+            errors_CQ, change_CQ = self._score(candidates), torch.ones_like(candidates.scale_CQ)
             best = best.improve(errors_CQ, candidates, places)
-            index_Q = errors_CQ.argmin(0)
-            change_1Q = torch.ones_like(best.places.ratio_CQ)
-            near_C = torch.linspace(-1, 1, NUM_LAST, device=spacing.device) * spacing
-        chosen, places = candidates.take(index_Q), places.take(index_Q)
-        chosen = chosen._replace(scale_CQ=chosen.scale_CQ * change_1Q)
-        return self.look_beside(best, chosen, places, torch.cat([near_C, last_C]))
+            if self.problem.lists_stored and self.problem.format.symmetric:
+                return best
+            last = torch.linspace(-1, 1, NUM_LAST, device=near_C.device) * (near_C[1] - near_C[0])
+        index_BQ = self._find_basins(errors_CQ, candidates.scale_CQ, near_C[1] / near_C[0] - 1)
+        chosen = candidates.take(index_BQ)
+        chosen = chosen._replace(scale_CQ=chosen.scale_CQ * take(change_CQ, index_BQ))
+        if has_valleys and self.problem.num_basins > 1:
+            # At the valley's bottom some elements may be rounded to something else, and it is another valley.
+            chosen = chosen._replace(scale_CQ=chosen.scale_CQ * self._find_depths(chosen)[1])
+        return self.look_beside(best, chosen, places.take(index_BQ), torch.cat([last, last_C]))
+
+    def _find_basins(self, errors_CQ: Tensor, scale_CQ: Tensor, spacing: Tensor) -> Tensor:
+        """The candidates of least errors, [B, Q], no two of which are beside each other."""
+        indices = []
+        for _ in range(self.problem.num_basins):
+            indices.append(errors_CQ.argmin(0))
+            scale_1Q = take(scale_CQ, indices[-1])
+            is_beside_CQ = (scale_CQ - scale_1Q).abs() <= scale_1Q.abs() * (1.5 * spacing)
+            errors_CQ = torch.where(is_beside_CQ, torch.inf, errors_CQ)
+        return torch.stack(indices)
 
     def look_beside(self, best: "_Best", chosen: Candidates, places: Places, change_C: Tensor) -> "_Best":
-        """The best of these changes of a scale, with all steps of its zero point."""
-        scale_CQ = (chosen.scale_CQ * (1 + change_C[:, None])).to(self.first.scale_CQ.dtype)
+        """The best of these changes of scales, with all steps of their zero points."""
+        scale_CQ = (chosen.scale_CQ[:, None] * (1 + change_C[:, None])).flatten(0, 1).to(self.first.scale_CQ.dtype)
         scale_CQ = store_scale(self.problem, scale_CQ, self.global_scale)
         scale_CQ, steps_CQ = cross(scale_CQ, self._list_steps(_NEAR_ZERO_POINTS))
+        times = len(scale_CQ) // len(chosen.scale_CQ)
         last = Candidates(scale_CQ, None)
         if chosen.zero_point_CQ is not None:
             grid = self.problem.format.grid
             steps_CQ = steps_CQ if grid.type == "int" else torch.zeros_like(steps_CQ)
-            last = Candidates(scale_CQ, (chosen.zero_point_CQ + steps_CQ).clamp(grid.qmin, grid.qmax))
+            zero_point_CQ = chosen.zero_point_CQ.repeat_interleave(times, 0)
+            last = Candidates(scale_CQ, (zero_point_CQ + steps_CQ).clamp(grid.qmin, grid.qmax))
+        places = places if len(places.ratio_CQ) == 1 else Places(*(t.repeat_interleave(times, 0) for t in places))
         return best.improve(self._score(last), last, places)
 
-    def _follow_moments(self, candidates: Candidates) -> tuple[Tensor, Tensor]:
-        """Which candidate's valley is deepest, and how many times its scale the bottom is."""
+    def _find_depths(self, candidates: Candidates) -> tuple[Tensor, Tensor]:
+        """How deep each candidate's valley is, and how many times its scale the bottom is."""
         error_CQ, slope_CQ, curvature_CQ = self.sums.moments(candidates).unbind(0)
         ratio_CQ = candidates.scale_CQ / self.first.scale_CQ
         curvature_CQ = curvature_CQ.clamp(min=torch.finfo(torch.float32).tiny)
         depth_CQ = (error_CQ - slope_CQ * slope_CQ / curvature_CQ) * ratio_CQ * ratio_CQ
-        index_Q = depth_CQ.argmin(0)
-        return index_Q, 1 - take(slope_CQ / curvature_CQ, index_Q)
+        return torch.where(depth_CQ == depth_CQ, depth_CQ, torch.inf), 1 - slope_CQ / curvature_CQ
 
     def _improve_at(self, best: "_Best", places: Places) -> "_Best":
         candidates = self._make(places)
@@ -197,7 +258,9 @@ class _Search:
         """The errors, in units of the first scale ** norm."""
         # Dynamo of torch 2.11 does not know that a function is true.
         sums_CQ = (self.sums.powers if sum_powers is None else sum_powers)(candidates)
-        return sums_CQ * torch.pow(candidates.scale_CQ / self.first.scale_CQ, self.problem.power.exponent)
+        errors_CQ = sums_CQ * torch.pow(candidates.scale_CQ / self.first.scale_CQ, self.problem.power.exponent)
+        # 0 times infinity, where a scale too small to be stored became the stand-in for 0: no argmin shall find it.
+        return torch.where(errors_CQ == errors_CQ, errors_CQ, torch.inf)
 
     def _list_steps(self, steps: tuple[float, ...]) -> Tensor:
         """Of an asymmetric format all of ``steps``, of a symmetric one the first, [T, Q]."""
@@ -218,12 +281,16 @@ class _Best(NamedTuple):
         index_Q = errors_CQ.argmin(0)
         return cls(take(errors_CQ, index_Q)[0], candidates.take(index_Q), places.take(index_Q))
 
-    def choose_sign(self) -> "_Best":
-        """The better one of each group that is listed twice."""
+    def choose_sign(self, own: Range) -> "_Best":
+        """The better one of each group that is listed twice; of equal ones that with qmin at the larger end."""
         error_2Q, scale_2Q, ratio_2Q, place_2Q = (
             tensor.view(2, -1) for tensor in (self.error_Q, self.candidate.scale_CQ, *self.places)
         )
-        return _Best.of(error_2Q, Candidates(scale_2Q, None), Places(ratio_2Q, place_2Q))
+        is_tie_Q = error_2Q[1] == error_2Q[0]
+        index_Q = ((error_2Q[1] < error_2Q[0]) | (is_tie_Q & (own.max > -own.min))).long()
+        candidate = Candidates(take(scale_2Q, index_Q), None)
+        places = Places(ratio_2Q, place_2Q).take(index_Q)
+        return _Best(take(error_2Q, index_Q)[0], candidate, places)
 
     def improve(self, errors_CQ: Tensor, candidates: Candidates, places: Places) -> "_Best":
         """The best of these and of more candidates; of places there may be one for all of those."""
@@ -252,4 +319,6 @@ def report_ranges(
     """The ranges that give these scales and zero points; errors are in units of ``base_Q`` ** norm."""
     low_Q, high_Q = calculate_range_of_scale(scale_Q, zero_point_Q, problem.format)
     # What is not finite stays so. Inductor makes zeros of products with the integer 0, not of those with a float.
+    largest = torch.finfo(torch.float32).max
+    low_Q, high_Q = low_Q.clamp(-largest, largest), high_Q.clamp(-largest, largest)
     return Found(low_Q + own.min * 0.0, high_Q + own.max * 0.0, error_Q, base_Q)

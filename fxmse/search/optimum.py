@@ -30,7 +30,7 @@ from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout, enlarge
 from fxmse.search.candidates import OptimumProblem
 from fxmse.search.compiling import pays_to_compile
-from fxmse.search.plan import Plan
+from fxmse.search.plan import NUM_BASINS, SMALL, Plan
 from fxmse.search.power import AbsolutePower
 from fxmse.search.tile_optimum import search_tile
 from fxmse.search.tiles import MAX_TABLE, Range, cut_groups, cut_tiles, find_max_elements, holds_pairs
@@ -80,8 +80,8 @@ def find_optimum(
     shape = layout.qparam_shape(value.shape)
     size = value.numel() // math.prod(shape)
     both_signs = negative_scale and format.symmetric and format.grid.type == "int"
-    problem = OptimumProblem(format, power, False, value.dtype, both_signs)
-    plan = Plan.of(format, size)
+    problem = OptimumProblem(format, power, False, value.dtype, both_signs, NUM_BASINS if size <= SMALL else 1)
+    plan = Plan.of(format, size, lists_stored=problem.lists_stored)
     is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.work * problem.num_signs)
     problem = replace(problem, reads_pairs=is_compiled and importance is None and holds_pairs(value, layout))
     max_elements = find_max_elements(problem, value)
