@@ -350,7 +350,7 @@ def test_what_can_be_saved_is_known_before_the_search(llama, checkpoints, name):
     check_saveable(observed, model)
     foreseen = {s.name: set(_foresee_qparams(s.args)) for _, probe in find_probes(observed) for s in probe.sites}
     found = {
-        site: {k for k, v in qparams.items() if v is not None} for site, qparams in read_sites(graphs[name]).items()
+        site: {k for k, v in qparams.items() if v is not None} for site, qparams in read_sites(graphs[name])[0].items()
     }
     assert foreseen == found
     size = (folder / name / "model.safetensors").stat().st_size
