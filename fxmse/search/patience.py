@@ -38,7 +38,7 @@ __all__ = [
 _WORD = 24  # steps per word of a bit set: what float32 holds exactly
 # Errors of float32 may be off by less than this, in parts of themselves: by the power, the product with the reciprocal
 # and the sums. Measured it is at most 4.3e-7.
-_NOISE = 2.0**-16
+_NOISE = 2.0**-17
 
 
 class Improvements(NamedTuple):

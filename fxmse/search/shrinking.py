@@ -27,7 +27,7 @@ from torch import Tensor
 from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout, enlarge
 from fxmse.search.compiling import MIN_COMPILED, pays_to_compile, reads_flags, run, unrolls
-from fxmse.search.near_ties import settle
+from fxmse.search.near_ties import NearTies, settle
 from fxmse.search.options import SearchOptions
 from fxmse.search.patience import (
     Improvements,
@@ -231,19 +231,23 @@ def _settle_near_ties(
 
     def replace_sets(find: Callable[[_Scores], Tensor], after_last: bool) -> None:
         unsettled = {index: index_K for index, score in scores.items() if len(index_K := find(score))}
-        for index, tile in enumerate(cut() if unsettled else ()):
-            if index not in unsettled:
-                continue
-            score, index_K = scores[index], unsettled[index]
-            words_KW = settle(
-                problem, tile, score.range, score.improved, index_K, num_steps, factors_C, global_scale,
-                after_last=after_last,
-            )  # fmt: skip
-            maybe_QW, sure_QW = (words.index_copy(0, index_K, words_KW) for words in score.improved[:2])
-            any_sure_C = score.improved.any_sure_C | unpack_steps(words_KW, len(factors_C)).any(1)
-            scores[index] = score._replace(improved=score.improved._replace(
-                maybe_QW=maybe_QW, sure_QW=sure_QW, any_sure_C=any_sure_C
-            ))  # fmt: skip
+        if not unsettled:
+            return
+        # Those of all tiles together: each call of an operation costs more than its few elements.
+        tiles = (tile for index, tile in enumerate(cut()) if index in unsettled)
+        ties = [
+            NearTies.of(tile, scores[index].range, scores[index].improved, index_K)
+            for tile, (index, index_K) in zip(tiles, sorted(unsettled.items()), strict=True)
+        ]
+        words = settle(problem, NearTies.join(ties), num_steps, factors_C, global_scale, after_last=after_last)
+        for index, words_KW in zip(sorted(unsettled), words.split([len(part.low_K) for part in ties]), strict=True):
+            improved = scores[index].improved
+            maybe_QW, sure_QW = (old.index_copy(0, unsettled[index], words_KW) for old in improved[:2])
+            any_sure_C = improved.any_sure_C
+            if not after_last:
+                any_sure_C = any_sure_C | unpack_steps(words_KW, len(factors_C)).any(1)
+            improved = improved._replace(maybe_QW=maybe_QW, sure_QW=sure_QW, any_sure_C=any_sure_C)
+            scores[index] = scores[index]._replace(improved=improved)
 
     def find_sure_end() -> int:
         any_sure_C = functools.reduce(torch.logical_or, (score.improved.any_sure_C for score in scores.values()))
