@@ -418,29 +418,29 @@ def test_a_checkpoint_that_does_not_fit_is_refused(llama, checkpoints, tmp_path,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("null", "index.json: expected a mapping, found None"),
-        ("{}", "index.json has no weight_map"),
-        ('{"weight_map": ["a"]}', "index.json has no weight_map"),
-        ('{"weight_map": {"a": 1}}', "index.json has no weight_map"),
-        ('{"weight_map": {"a": "../a"}}', r"index.json names '../a': expected the name of a file beside it"),
-        ('{"weight_map": {"a": "none"}}', "No such file or directory: .*none"),
+        ("null", "index.json holds None: expected a JSON object"),
+        ("{}", "index.json has weight_map="),
+        ('{"weight_map": ["a"]}', "index.json has weight_map="),
+        ('{"weight_map": {"a": 1}}', "index.json names 1"),
+        ('{"weight_map": {"a": "../a"}}', r"index.json names '../a': expected .safetensors files in its own folder"),
+        ('{"weight_map": {"a": "none"}}', "names 'none': expected .safetensors files"),
     ],
 )
 def test_an_index_of_something_else_is_refused(llama, tmp_path, content, message):
     observed = fxmse.prepare(llama[torch.float32][1], CONFIGS["FP8"])
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ValueError, match=f"cannot be read as a checkpoint of safetensors: .*{message}"):
+    with pytest.raises(ValueError, match=message):
         fxmse.load_qparams(observed, tmp_path)
 
 
 def test_a_truncated_or_missing_file_is_refused(llama, checkpoints, tmp_path):
     folder, _, _ = checkpoints
     observed = fxmse.prepare(llama[torch.float32][1], CONFIGS["FP8"])
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint of safetensors"):
+    with pytest.raises(ValueError, match="model.safetensors cannot be read: No such file"):
         fxmse.load_qparams(observed, tmp_path)
     whole = (folder / "FP8" / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint of safetensors"):
+    with pytest.raises(ValueError, match="model.safetensors cannot be read as safetensors"):
         fxmse.load_qparams(observed, tmp_path)
 
 

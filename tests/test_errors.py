@@ -104,7 +104,7 @@ def test_yaml_and_fields_that_are_none(folder, tmp_path, capsys):
         (tmp_path / name).write_text(content)
         assert_one_line(capsys, tmp_path, *quantize(folder, tmp_path, scheme=tmp_path / name), named=[name, message])
     (tmp_path / "folder.json").mkdir()
-    for name, message in (("none.json", NO_FILE), ("folder.json", "Is a directory")):
+    for name, message in (("none.json", NO_FILE), ("folder.json", "is a folder: expected a file")):
         assert_one_line(capsys, tmp_path, *quantize(folder, tmp_path, scheme=tmp_path / name), named=[name, message])
 
 
