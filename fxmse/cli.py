@@ -375,6 +375,8 @@ def _check_paths(options: argparse.Namespace) -> None:
         check_apart(options.out, options.model)
     else:
         check_replaceable(options.out, options.model)
+    if options.propagate != "float" and not _is_streamed(options):
+        raise ValueError("--propagate is for a folder that is written part by part: no .pt2, --device or --report full")
     if options.bias_correction and options.data is None:
         raise ValueError("--bias-correction needs the means of inputs: give --data")
     options.before = _identify(options.out)

@@ -17,7 +17,7 @@ from fxmse.config import CONFIG_KEY
 from fxmse.observers.inputs import Inputs, Mean
 from fxmse.passes.constants import find_sources
 from fxmse.passes.probe import Probe, find_called, find_inputs
-from fxmse.passes.trimming import find_sources_of_activations, return_as_written
+from fxmse.passes.trimming import find_effects, find_sources_of_activations, return_as_written
 from fxmse.passes.versions import Versions
 
 __all__ = ["Part", "cut", "make_entry"]
@@ -67,7 +67,8 @@ def cut(graph_module: GraphModule, max_bytes: int, together: Iterable[Collection
     1. What follows from parameters alone belongs to every part that reads it: weights, views of them, their probes.
     2. Nothing is cut between two nodes that have to know of each other before either is folded: those of one observer
        of activations, a weight and what looks at its inputs, weights that share a global scale, and
-       what writes a value in place and what reads it; nor between readers of parameters that belong together.
+       what writes a value in place and what reads it; nor between readers of parameters that belong together, nor
+       where autocast or a vmap is at work.
     3. The cuts are those over which the fewest bytes of activations pass, with no part's weights above ``max_bytes``
        where that can be.
 
@@ -132,6 +133,10 @@ class _Cutter:
         for node in self.body:
             for tie in self._list_ties(node):
                 tied[tie].append(self.places[node])
+        for effect in find_effects(self.graph_module):
+            # What an effect begins with is its input; without one, it is of one kind with the others.
+            begins: list[object] = [*effect.all_input_nodes, ""]
+            tied["effect", begins[0]] += [self.places[n] for n in (*effect.all_input_nodes, effect) if n in self.places]
         for number, written in enumerate(versions.list_written()):
             readers = itertools.chain.from_iterable((node, *node.users) for node in written)
             tied[number] = [max(self.places[node], 0) for node in readers if node in self.places]

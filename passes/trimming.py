@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fxmse.capture.attributes import find_regions
@@ -10,12 +11,14 @@ from fxmse.observers.inputs import Inputs
 from fxmse.passes.probe import Probe, find_called, find_inputs, find_probes
 from fxmse.passes.versions import Versions
 
-__all__ = ["find_sources_of_activations", "observes_activations", "return_as_written", "trim"]
+__all__ = ["find_effects", "find_sources_of_activations", "observes_activations", "return_as_written", "trim"]
+
+_PURE = ("_operator", "builtins", "math")
 
 
 def find_sources_of_activations(graph_module: GraphModule) -> set[Node]:
     """The nodes that have to run for all activations to be observed: observers of them, and what is behind."""
-    return _find_sources(graph_module, _list_watchers(graph_module))
+    return _find_sources(graph_module, [*_list_watchers(graph_module), *find_effects(graph_module)])
 
 
 def observes_activations(graph_module: GraphModule) -> bool:
@@ -34,7 +37,7 @@ def trim(graph_module: GraphModule, *, keep_outputs: bool) -> GraphModule:
     if not keep_outputs:
         output.args = (None,)
         return_as_written(trimmed.graph)
-    needed = _find_sources(trimmed, [output, *_list_watchers(trimmed)])
+    needed = _find_sources(trimmed, [output, *_list_watchers(trimmed), *find_effects(trimmed)])
     for node in reversed(trimmed.graph.nodes):
         if node not in needed and node.op != "placeholder":
             trimmed.graph.erase_node(node)
@@ -59,6 +62,21 @@ def _watches(graph_module: GraphModule, node: Node) -> bool:
     if isinstance(called, Inputs) or (isinstance(called, Probe) and not called.is_weight):
         return True
     return any(_list_watchers(region) for region in find_regions(graph_module, node))
+
+
+def find_effects(graph_module: GraphModule) -> list[Node]:
+    """The nodes that are there for what they do, not for what they give: they begin and end autocast, or a vmap.
+
+    No schema says what they do, and nothing reads them.
+    """
+    return [
+        node
+        for node in graph_module.graph.nodes
+        if node.op == "call_function"
+        and not node.users
+        and not isinstance(node.target, torch._ops.OperatorBase)
+        and getattr(node.target, "__module__", None) not in _PURE
+    ]
 
 
 def _find_sources(graph_module: GraphModule, nodes: Iterable[Node]) -> set[Node]:

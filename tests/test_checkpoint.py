@@ -436,11 +436,11 @@ def test_an_index_of_something_else_is_refused(llama, tmp_path, content, message
 def test_a_truncated_or_missing_file_is_refused(llama, checkpoints, tmp_path):
     folder, _, _ = checkpoints
     observed = fxmse.prepare(llama[torch.float32][1], CONFIGS["FP8"])
-    with pytest.raises(ValueError, match="model.safetensors cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: No such file"):
         fxmse.load_qparams(observed, tmp_path)
     whole = (folder / "FP8" / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="model.safetensors cannot be read as safetensors"):
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors"):
         fxmse.load_qparams(observed, tmp_path)
 
 

@@ -113,7 +113,7 @@ def test_data_and_models_of_something_else(folder, tmp_path, capsys, suffix):
     file, what = tmp_path / f"file{suffix}", "model" if suffix == ".pt2" else "data"
     for content in (b"junk", b"null", b""):
         file.write_bytes(content)
-        assert_one_line(capsys, tmp_path, *quantize(folder, tmp_path, **{what: file}), named=[str(file)])
+        assert_one_line(capsys, tmp_path, *quantize(folder, tmp_path, **{what: file}), named=[f"{file} cannot be read"])
     file.unlink()
     assert_one_line(capsys, tmp_path, *quantize(folder, tmp_path, **{what: file}), named=[str(file)])
     if suffix == ".pt2":

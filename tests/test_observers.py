@@ -421,6 +421,7 @@ def test_state_can_be_taken_and_given_back():
         "global_max_vals",
         "num_values",
         "like",
+        "_extra_state",  # what it is of
     }
 
 

@@ -72,7 +72,8 @@ def cut(products, block_size):
 
 
 def quantize(weight, qparams, args):
-    if weight.dim() > 2 and args.strategy == "block":  # compressed-tensors has no blocks of these
+    # compressed-tensors has no blocks of these, and no scale for each.
+    if weight.dim() > 2 and args.strategy in ("block", "tensor", "tensor_group"):
         experts = ({name: None if t is None else t[i] for name, t in qparams.items()} for i in range(len(weight)))
         return torch.stack([quantize(w, q, args) for w, q in zip(weight, experts, strict=True)])
     scale, zero_point, global_scale = qparams["scale"], qparams["zero_point"], qparams["global_scale"]

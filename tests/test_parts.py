@@ -175,3 +175,35 @@ def test_only_what_observers_need_is_run():
     assert len([node for node in observed.graph.nodes if node.target is torch.ops.aten.linear.default]) == 2
     assert products[0].name in {node.name for node in find_sources_of_activations(observed)}
     torch.testing.assert_close(trim(observed, keep_outputs=True)(x := torch.randn(2, 8)), model(x), rtol=0, atol=0)
+
+
+def test_autocast_and_vmap_are_kept_whole():
+    class Layered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                x = self.two(self.one(x))
+            return self.three(torch.vmap(torch.tanh)(x.float()))
+
+    model, batches = Layered().eval(), [torch.randn(4, 8) for _ in range(2)]
+    config = make_config(inputs={"num_bits": 8, "observer": "static_minmax"})
+    seen = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda m, x, n=n: seen.setdefault(n, []).append(x[0].float()))
+        for n, m in model.named_children()
+    ]
+    for batch in batches:
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    for folded in (
+        [fxmse.quantize(model, config, batches, progress=False)],
+        run_parts(fxmse.prepare(model, config, batches[0]), batches, 1)[1],
+    ):
+        scales = find_scales(folded)
+        for name, values in seen.items():
+            scale, expected = scales[f"{name}.input_scale"], torch.cat(values).abs().max() / 127.5
+            assert torch.equal(scale, expected.reshape(1).to(scale.dtype)), name

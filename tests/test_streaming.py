@@ -12,6 +12,7 @@ from compressed_tensors.quantization import QuantizationConfig, preset_name_to_s
 from safetensors.torch import load_file, save_file
 
 import fxmse
+from fxmse.observers import Observer
 from fxmse.outputs.shards import Shards, _compress
 from fxmse.passes.probe import find_probes
 from fxmse.streaming.work import Work
@@ -146,6 +147,8 @@ def test_what_cannot_be_gone_on_with_is_said(tmp_path, monkeypatch):
         quantize(batches[::-1], part_size=1)
     with pytest.raises(ValueError, match="something else as part_size"):
         quantize(part_size=2)
+    with pytest.raises(ValueError, match="something else as dtype"):
+        quantize(part_size=1, dtype=torch.bfloat16)
     with Work(out), pytest.raises(ValueError, match="another process is writing"):
         quantize(part_size=1)
     (tmp_path / ".out.fxmse" / "activations" / "00002" / "00000000.pt").write_bytes(b"")
@@ -161,27 +164,29 @@ def test_what_cannot_be_gone_on_with_is_said(tmp_path, monkeypatch):
 
 
 def test_parts_can_be_calibrated_on_what_quantized_ones_compute(tmp_path):
-    """The second layer's input is that of a model whose first layer is quantized."""
+    """The input of the MLP is that of a model whose attention is quantized; within a part all is float."""
     model, batches = save_model("Llama", tmp_path / "float"), make_batches("Llama")
     config = make_config("FP8")
     quantize = {"config": config, "batches": batches, "part_size": 1, "progress": False}
     for propagate in ("float", "quantized"):
         out = tmp_path / f"on {propagate}"
         fxmse.quantize_checkpoint(tmp_path / "float", out=out, propagate=propagate, **quantize)
-    name = "model.layers.0.mlp.down_proj.input_scale"
+    name = "model.layers.0.mlp.gate_proj.input_scale"
     found = load_tensors(tmp_path / "on quantized")
-    before = {n: t for n, t in found.items() if n.endswith("scale") and "mlp.down_proj.input" not in n}
+    before = {n: t for n, t in found.items() if n.endswith("scale") and "mlp.gate_proj.input" not in n}
     folded = fxmse.quantize(model, config, batches, progress=False)
     state = folded.state_dict()
     for scale, tensor in before.items():
         if scale in state:  # a value of several linears has the first one's name
             state[scale].copy_(tensor.reshape(state[scale].shape))
     folded.load_state_dict(state)
-    node = next(n for n in folded.graph.nodes if n.name == "model_layers_0_mlp_down_proj_input_fake_quant")
-    expected = max(_run_to(folded, node.args[0], batch).abs().max() for batch in batches) / 448
-    different = load_tensors(tmp_path / "on float")[name]
-    assert abs(found[name].item() / expected - 1) < 0.3  # the least squared error clips a little
-    assert not torch.equal(found[name], different)
+    node = next(n for n in folded.graph.nodes if n.name == "model_layers_0_mlp_gate_proj_input_fake_quant")
+    args = config.config_groups["group"].input_activations
+    observer = Observer.load_from_registry(args.observer, base_name="input", args=args)
+    for batch in batches:
+        observer(_run_to(folded, node.args[0], batch))
+    assert torch.equal(found[name], observer.get_qparams()["scale"])
+    assert not torch.equal(found[name], load_tensors(tmp_path / "on float")[name])
 
 
 def _run_to(graph_module, node, batch):

@@ -111,8 +111,11 @@ class Layout:
         observations.
         """
         if self.strategy == "tensor":
-            matrices = value.flatten(0, -3) if self.is_by_matrix(value.shape) else value[None]
-            yield from map(_as_rows, matrices)
+            if self.is_by_matrix(value.shape):
+                for matrix in value.flatten(0, -3):
+                    yield _as_rows(matrix)
+            else:
+                yield _as_rows(value)
         elif self.strategy == "attn_head":
             # Attention states are often laid out as (batch, tokens, heads, head_dim): both orders are views.
             by_token = value.transpose(1, 2)
@@ -168,7 +171,13 @@ class Layout:
 def _as_rows(value: Tensor) -> Tensor:
     """All elements as [O, 1, G], G long enough to vectorise; a view of any dense value, whatever its order."""
     strides = value.stride()
-    value = value.permute(sorted(range(value.dim()), key=lambda dim: strides[dim], reverse=True))
+    order: list[int] = []
+    for dim in range(value.dim()):  # sorted by hand: Dynamo sorts no sizes that vary
+        place = 0
+        while place < len(order) and strides[order[place]] >= strides[dim]:
+            place += 1
+        order.insert(place, dim)
+    value = value.permute(order)
     length = 1
     for dim in range(value.dim() - 1, -1, -1):
         # A first dimension that varies from batch to batch had better stay one.

@@ -29,7 +29,7 @@ def map_file(path: Path) -> memoryview:
         ValueError: as :func:`fxmse.reading.check_file`; an empty file.
     """
     if not check_file(path):
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{path} cannot be read: it is empty")
     try:
         with path.open("rb") as file:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

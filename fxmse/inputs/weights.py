@@ -64,12 +64,12 @@ def load_skeleton(path: Path, dtype: torch.dtype | None = None, *, trust_remote_
             fit the model.
     """
     model_class, config = find_model_class(path, trust_remote_code=trust_remote_code)
-    files = _find_tensors(path)
-    dtype = dtype or config.dtype or _find_dtype(files)
+    found = _find_tensors(path)
+    dtype = dtype or config.dtype or _find_dtype(tensor for _, tensor in found.values())
     make = getattr(model_class, "_from_config", None) or model_class.from_config
     with _parameters_on_meta():
         model = make(config, dtype=dtype).eval()
-    weights = Weights(path, model, files, dtype)
+    weights = Weights(path, model, found, dtype)
     hollow = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in model.parameters()}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
@@ -98,21 +98,26 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _find_tensors(path: Path) -> dict[str, Path]:
-    """The file of each tensor."""
-    files: dict[str, Path] = {}
+def _find_tensors(path: Path) -> dict[str, tuple[Path, Tensor]]:
+    """The file of each tensor, and the tensor without its values; each file is opened once."""
+    found: dict[str, tuple[Path, Tensor]] = {}
     for file in list_weight_files(path):
         try:
             with safe_open(file, "pt") as opened:
-                files |= dict.fromkeys(opened.keys(), file)
+                pieces = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+                described = {key: (piece.get_shape(), piece.get_dtype()) for key, piece in pieces.items()}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
-    return files
+        for key, (shape, dtype) in described.items():
+            if dtype not in _DTYPES:
+                raise ValueError(f"{file} has {key} as {dtype}: expected one of {', '.join(_DTYPES)}")
+            found[key] = file, torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+    return found
 
 
-def _find_dtype(files: Mapping[str, Path]) -> torch.dtype:
+def _find_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """The dtype of the first tensor that is float, as transformers takes it."""
-    dtypes = (_describe_tensor(file, name).dtype for name, file in files.items())
+    dtypes = (tensor.dtype for tensor in tensors)
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())
 
 
@@ -129,12 +134,12 @@ class Weights:
         conversions: how the folder's tensors become the model's, in transformers' terms.
     """
 
-    def __init__(self, path: Path, model: Any, files: Mapping[str, Path], dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, model: Any, found: Mapping[str, tuple[Path, Tensor]], dtype: torch.dtype) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         self.path = path
-        self.files = files
+        self.files = {key: file for key, (file, _) in found.items()}
         self.dtype = dtype
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -143,7 +148,7 @@ class Weights:
         expected = model.state_dict()
         self._sources: defaultdict[str, list[str]] = defaultdict(list)
         unexpected = []
-        for key in sorted(files):
+        for key in sorted(found):
             name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
             if name not in expected and key in expected:
                 name, pattern = key, None
@@ -161,7 +166,7 @@ class Weights:
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self._on_meta = copy.deepcopy(model).to("meta")
         # Shapes are known of what is no more than described, and of what conversions make of it.
-        info = self._convert({key: _describe_tensor(file, key) for key, file in files.items()}, "meta")
+        info = self._convert({key: tensor for key, (_, tensor) in found.items()}, "meta")
         loading = {
             "missing_keys": {name for name in expected if self.resolve(name) not in self.names},
             "mismatched_keys": set(info.mismatched_keys or ()),
@@ -248,13 +253,6 @@ class Weights:
 def _forget(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _describe_tensor(file: Path, key: str) -> Tensor:
-    """A tensor of a file without its values."""
-    with safe_open(file, "pt") as opened:
-        piece = opened.get_slice(key)
-    return torch.empty(piece.get_shape(), dtype=_DTYPES[piece.get_dtype()], device="meta")
 
 
 @contextmanager

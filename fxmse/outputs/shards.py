@@ -69,11 +69,9 @@ class Shards:
             if isinstance(getattr(module, "quantization_scheme", None), QuantizationScheme):
                 quantized |= {id(tensor) for tensor in own.values()}
                 total += sum(tensor.nbytes for tensor in _compress(module, own).values())
-        rest = [*self.model.parameters(), *(self.model.get_buffer(name) for name in self._list_buffers())]
+        buffers, names = dict(self.model.named_buffers()), self.model.state_dict()
+        rest = [*self.model.parameters(), *(tensor for name, tensor in buffers.items() if name in names)]
         return total + sum(tensor.nbytes for tensor in rest if id(tensor) not in quantized)
-
-    def _list_buffers(self) -> list[str]:
-        return [name for name in self.model.state_dict() if name in dict(self.model.named_buffers())]
 
     def write(self, tensors: Mapping[str, Tensor], sites: Sites, path: Path) -> None:
         """A file of some of the model's tensors, which is there whole or not at all.

@@ -1,7 +1,6 @@
 """From a folder of float weights to a compressed-tensors checkpoint, part by part."""
 
 import hashlib
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,7 +46,7 @@ class StreamOptions:
         part_size: bytes of weights that a part has at most, where that can be: one weight is not cut, and layers that
             share an observer are calibrated together.
         propagate: what a part is calibrated on: "float", the values of the float model, or "quantized", those that the
-            quantized parts before it compute.
+            quantized parts before it compute. Within a part values are those of its float weights.
         moe_calibrate_all_experts: as for ``fxmse.prepare``.
         bias_correction: as for ``fxmse.prepare``.
         reports: whether weights are measured once they are quantized.
@@ -203,9 +202,8 @@ def run_job(
         progress: show a progress bar.
         make_files: called with the reports; gives the contents of more files for the checkpoint, by name.
     """
-    batches = iter(batches)
-    first = list(itertools.islice(batches, 1))
-    if job.is_observed and not first:
+    peeked = Peeked(batches)
+    if job.is_observed and not peeked.first:
         raise ValueError("no batches: the config has values that data has to be shown to")
     check_space(out, job.num_bytes)
     path = job.skeleton.path
@@ -214,8 +212,9 @@ def run_job(
             work.clear()
         digest = hashlib.sha256()
         if job.is_observed:
-            _enter(work, job, hash_batches(itertools.chain(first, batches), digest))
-        work.resume(describe_run(path, job.config, data=digest.hexdigest(), **asdict(job.options)))
+            _enter(work, job, hash_batches(peeked, digest))
+        facts = {"data": digest.hexdigest(), "dtype": job.skeleton.weights.dtype, **asdict(job.options)}
+        work.resume(describe_run(path, job.config, **facts))
         run = _Run(work, job)
         sizes = [run.count(number) for number in range(len(run.own))]
         with tqdm(total=sum(sizes), desc="quantize", unit="B", unit_scale=True, disable=not progress) as bar:
@@ -250,9 +249,8 @@ class _Run:
         self.propagate = job.options.propagate if job.is_observed else ""
         self.reports = job.options.reports
         self._waiting = set(self.weights.names)
-        self.own = [
-            self._take(part.graph_module) for part in self.parts if part
-        ]  # the names of what is written with each
+        # The names of what is written with each.
+        self.own = [self._take(part.graph_module) for part in self.parts if part]
         self.own += [sorted(self._waiting)] if self._waiting else []
 
     def _take(self, graph_module: GraphModule) -> list[str]:

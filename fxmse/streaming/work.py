@@ -127,10 +127,11 @@ class Work:
             return None
         try:
             record = read_json(path)
-            assert isinstance(record["facts"], dict)
-            assert all(isinstance(part["files"], dict) for part in record["parts"])
-        except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
-            raise ValueError(f"{path} is damaged: start anew (resume=False, --no-resume)") from None
+            is_whole = isinstance(record["facts"], dict) and all(isinstance(p["files"], dict) for p in record["parts"])
+        except (ValueError, KeyError, TypeError):
+            is_whole = False
+        if not is_whole:
+            raise ValueError(f"{path} is damaged: start anew (resume=False, --no-resume)")
         return record
 
 
