@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxmse.formats.scales import calculate_exact_scale, round_scale
+from fxmse.formats.scales import calculate_exact_scale, calculate_scale_and_zero_point, round_scale
 from fxmse.search.tiles import Arithmetic, Range
 
 __all__ = [
@@ -18,9 +18,9 @@ __all__ = [
     "OptimumProblem",
     "Places",
     "cross",
-    "list_stored",
+    "find_own_place",
     "make_candidates",
-    "place_ranges",
+    "shrink",
     "store_scale",
     "take",
 ]
@@ -34,19 +34,11 @@ class OptimumProblem(Arithmetic):
 
     dtype: torch.dtype  # that scales are stored in, where the format names none
     both_signs: bool = False  # of scales
-    num_basins: int = (
-        1  # valleys that are looked at closely; of more than one, scales are listed over all that may be best
-    )
 
     @property
     def scale_dtype(self) -> torch.dtype:
         """What scales are stored in."""
         return self.format.scale_dtype or self.dtype
-
-    @property
-    def lists_stored(self) -> bool:
-        """Whether all scales that can be stored and may be best are evaluated, of bfloat16 128 an octave."""
-        return self.num_basins > 1 and self.scale_dtype == torch.bfloat16
 
     @property
     def num_signs(self) -> int:
@@ -94,8 +86,8 @@ class Places(NamedTuple):
 
 
 def take(table_CQ: Tensor, index_Q: Tensor) -> Tensor:
-    """Each group's entry at its index, [1, Q]; of several indices [B, Q] as many."""
-    return table_CQ.gather(0, index_Q if index_Q.dim() == 2 else index_Q[None])
+    """Each group's entry at its index, [1, Q]."""
+    return table_CQ.gather(0, index_Q[None])
 
 
 def cross(table_CQ: Tensor, table_TQ: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,20 +104,30 @@ def make_candidates(problem: OptimumProblem, own: Range, global_scale: Tensor | 
         exact_Q = calculate_exact_scale(low_Q, high_Q, problem.format, None)
         exact_Q = torch.where(own.min > own.max, -exact_Q, exact_Q)
         return Candidates(store_scale(problem, exact_Q * places.ratio_CQ, global_scale), None)
-    span_Q = own.max.clamp(min=0) - own.min.clamp(max=0)
-    scale_CQ = store_scale(problem, span_Q / (grid.qmax - grid.qmin) * places.ratio_CQ, global_scale)
-    return place_ranges(problem, own, scale_CQ, places.place_CQ)
-
-
-def place_ranges(problem: OptimumProblem, own: Range, scale_CQ: Tensor, place_CQ: Tensor) -> Candidates:
-    """The candidates of these scales whose ranges are at places in the group's, where the format is asymmetric."""
-    grid = problem.format.grid
-    if problem.format.symmetric:
-        return Candidates(scale_CQ, None)
     low_Q = own.min.clamp(max=0)
     span_Q = own.max.clamp(min=0) - low_Q
-    low_CQ = low_Q + place_CQ * (span_Q - scale_CQ * (grid.qmax - grid.qmin))
+    num_steps = grid.qmax - grid.qmin
+    scale_CQ = store_scale(problem, span_Q / num_steps * places.ratio_CQ, global_scale)
+    low_CQ = low_Q + places.place_CQ * (span_Q - scale_CQ * num_steps)
     return Candidates(scale_CQ, grid.round((grid.qmin - low_CQ / scale_CQ).clamp(grid.qmin, grid.qmax)))
+
+
+def shrink(problem: OptimumProblem, own: Range, global_scale: Tensor | None, ratio_CQ: Tensor) -> Candidates:
+    """Parts of the group's own range, with the scales and zero points that the reference has for them."""
+    low_Q, high_Q = own.min.minimum(own.max), own.max.maximum(own.min)
+    scale_CQ, zero_point_CQ = calculate_scale_and_zero_point(
+        low_Q * ratio_CQ, high_Q * ratio_CQ, problem.format, dtype=problem.dtype, global_scale=global_scale
+    )
+    if global_scale is not None:
+        scale_CQ = scale_CQ / global_scale
+    scale_CQ = torch.where(own.min > own.max, -scale_CQ, scale_CQ)
+    return Candidates(scale_CQ, None if problem.format.symmetric else zero_point_CQ)
+
+
+def find_own_place(own: Range) -> Tensor:
+    """The place of :func:`shrink`'s ranges, [Q]."""
+    span_Q = own.max.clamp(min=0) - own.min.clamp(max=0)
+    return torch.where(span_Q > 0, -own.min.clamp(max=0) / span_Q, 0.0)
 
 
 def store_scale(problem: OptimumProblem, scale: Tensor, global_scale: Tensor | None) -> Tensor:
@@ -136,11 +138,3 @@ def store_scale(problem: OptimumProblem, scale: Tensor, global_scale: Tensor | N
     if global_scale is None:
         return round_scale(scale.clamp(-largest, largest), problem.scale_dtype)
     return round_scale((scale * global_scale).clamp(-largest, largest), problem.scale_dtype) / global_scale
-
-
-def list_stored(problem: OptimumProblem, lowest: Tensor, num_scales: int, global_scale: Tensor | None) -> Tensor:
-    """The bfloat16 scales from those of ``lowest``, [1, Q], as they are stored, on, (num_scales, Q)."""
-    stored = lowest if global_scale is None else lowest * global_scale
-    steps = torch.arange(num_scales, device=lowest.device, dtype=torch.int32)[:, None]
-    stored = round_scale(stored, problem.scale_dtype).view(torch.int32) + (steps << 16)
-    return store_scale(problem, stored.view(torch.float32), None) / (1.0 if global_scale is None else global_scale)

@@ -25,6 +25,7 @@ __all__ = [
     "compilation",
     "pays_to_compile",
     "reads_flags",
+    "rounds_each",
     "run",
     "unrolls",
 ]
@@ -49,6 +50,7 @@ _Stage = TypeVar("_Stage", bound=Callable[..., Any])
 _Result = TypeVar("_Result")
 
 _unrolled: dict[Callable[..., Any], int] = {}
+_rounding_each: set[Callable[..., Any]] = set()
 
 
 def unrolls(place: int) -> Callable[[_Stage], _Stage]:
@@ -59,6 +61,12 @@ def unrolls(place: int) -> Callable[[_Stage], _Stage]:
         return stage
 
     return mark
+
+
+def rounds_each(stage: _Stage) -> _Stage:
+    """Marks a stage whose products are rounded before anything is added to them, as uncompiled ones are."""
+    _rounding_each.add(stage)
+    return stage
 
 
 def pays_to_compile(problem: Hashable, value: Tensor, num_steps: int) -> bool:
@@ -163,6 +171,8 @@ def _compile(
     code = run.__code__.replace(co_name=f"{stage.__name__.strip('_')}_{next(_serial)}")
     run = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
     options = {**_INDUCTOR_OPTIONS, "guard_filter_fn": functools.partial(_keep_guards, signature)}
+    if stage in _rounding_each:
+        options["cpp.enable_floating_point_contract_flag"] = "off"
     compiled = torch.compile(run, fullgraph=True, options=options)
     varying = [
         (place, dim)

@@ -10,15 +10,15 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fxmse.formats.scales import calculate_range_of_scale, calculate_scale_and_zero_point
+from fxmse.formats.scales import calculate_range_of_scale
 from fxmse.search.candidates import (
     Candidates,
     OptimumProblem,
     Places,
     cross,
-    list_stored,
+    find_own_place,
     make_candidates,
-    place_ranges,
+    shrink,
     store_scale,
     take,
 )
@@ -29,7 +29,6 @@ __all__ = ["PLACES", "Found", "Sum", "Sums", "narrow_down", "report_ranges"]
 
 # Of an asymmetric grid's range in the group's: from its lower end to its upper end.
 PLACES = (0.5, 0.0, 0.25, 0.75, 1.0)
-_FAR_PLACES = (0.5, 0.0, 1.0)
 _NEAR_PLACES = tuple(i / 32 for i in range(-5, 6) if i)
 _NEAR_ZERO_POINTS = (0.0, -1.0, 1.0, -2.0, 2.0)
 
@@ -78,13 +77,11 @@ def narrow_down(
         sums = Sums(_take_both_signs(sums.powers), _take_both_signs(sums.moments))
     search = _Search.of(problem, sums, listed, global_scale)
     best = search.look_around(coarse_C, middle_C, limit)
-    is_listed = problem.format.grid.type == "float" or problem.num_basins > 1
-    ratio_1Q = torch.ones_like(best.places.ratio_CQ) if is_listed else best.places.ratio_CQ
+    ratio_1Q = best.places.ratio_CQ if problem.format.grid.type == "int" else torch.ones_like(best.places.ratio_CQ)
     candidates, places = search.list_valleys(best, torch.minimum(fine_C[:, None] * ratio_1Q, limit))
     # Much of what was counted may be rounded to something else at the next scale of a float grid.
     has_valleys = problem.power.exponent == 2 and not (is_counted and problem.format.grid.type == "float")
-    has_valleys = has_valleys and not problem.lists_stored
-    best = search.look_closely(best, candidates, places, fine_C, last_C, has_valleys)
+    best = search.look_closely(best, candidates, places, fine_C[1] - fine_C[0], last_C, has_valleys)
     if is_counted and not problem.format.symmetric:
         # The best one may be at the edge of what was looked at.
         best = search.look_beside(best, best.candidate, best.places, last_C)
@@ -135,7 +132,7 @@ class _Search:
             exact = best._replace(error_Q=self._score(best.candidate)[0])
             best = exact.improve(self._score(self.first), self.first, best.places)
         best = best.improve(*self._list_shrunk())
-        if self.problem.format.grid.type == "float" or self.problem.num_basins > 1:
+        if self.problem.format.grid.type == "float":
             return best
         ratio_CQ = torch.minimum(best.places.ratio_CQ * middle_C[:, None], limit)
         best = self._improve_at(best, Places(*cross(ratio_CQ, places_TQ)))
@@ -146,106 +143,66 @@ class _Search:
 
     def _list_shrunk(self) -> tuple[Tensor, Candidates, Places]:
         """The ranges that the reference tries, and their errors: none of them shall be better."""
-        low_Q, high_Q = self.own.min.minimum(self.own.max), self.own.max.maximum(self.own.min)
-        ratio_CQ = 1 - torch.arange(NUM_SHRUNK, device=low_Q.device)[:, None] / 100 + low_Q * 0
-        scale_CQ, zero_point_CQ = calculate_scale_and_zero_point(
-            low_Q * ratio_CQ,
-            high_Q * ratio_CQ,
-            self.problem.format,
-            dtype=self.problem.dtype,
-            global_scale=self.global_scale,
-        )
-        if self.global_scale is not None:
-            scale_CQ = scale_CQ / self.global_scale
-        span_Q = high_Q.clamp(min=0) - low_Q.clamp(max=0)
-        place_Q = torch.where(span_Q > 0, -low_Q.clamp(max=0) / span_Q, 0.0)
-        scale_CQ = torch.where(self.own.min > self.own.max, -scale_CQ, scale_CQ)
-        candidates = Candidates(scale_CQ, None if self.problem.format.symmetric else zero_point_CQ)
-        return self._score(candidates), candidates, Places(ratio_CQ, place_Q.expand_as(ratio_CQ))
+        ratio_C = 1 - torch.arange(NUM_SHRUNK, device=self.own.min.device) / 100
+        ratio_CQ = ratio_C[:, None].expand(-1, len(self.own.min))
+        candidates = shrink(self.problem, self.own, self.global_scale, ratio_CQ)
+        return self._score(candidates), candidates, Places(ratio_CQ, find_own_place(self.own).expand_as(ratio_CQ))
 
     def list_valleys(self, best: "_Best", ratio_CQ: Tensor) -> tuple[Candidates, Places]:
         """Candidates of these scales near the best one."""
         places = Places(ratio_CQ, best.places.place_CQ.expand_as(ratio_CQ))
-        if self.problem.num_basins > 1:
-            places = Places(*cross(ratio_CQ, self._list_steps(_FAR_PLACES)))
         candidates = self._make(places)
-        if self.problem.lists_stored:
-            lowest_1Q = self._make(Places(ratio_CQ[:1], ratio_CQ[:1])).scale_CQ
-            stored_CQ = list_stored(self.problem, lowest_1Q, len(ratio_CQ), self.global_scale)
-            scale_CQ = stored_CQ.repeat_interleave(len(places.ratio_CQ) // len(ratio_CQ), 0)
-            candidates = place_ranges(self.problem, self.own, scale_CQ, places.place_CQ)
         if best.candidate.zero_point_CQ is None or candidates.zero_point_CQ is None:
             return candidates, places
         # Where little is clamped the place is arbitrary and may not do for other scales: with the zero point, too.
-        times = len(candidates.scale_CQ) // len(ratio_CQ)
-        scale_CQ, *place = (t[::times] for t in (candidates.scale_CQ, *places))
-        zero_point_CQ = best.candidate.zero_point_CQ.expand_as(scale_CQ)
-        candidates = Candidates(
-            torch.cat([candidates.scale_CQ, scale_CQ]), torch.cat([candidates.zero_point_CQ, zero_point_CQ])
-        )
-        return candidates, Places(*(torch.cat(pair) for pair in zip(places, place, strict=True)))
+        zero_point_CQ = torch.cat([candidates.zero_point_CQ, best.candidate.zero_point_CQ.expand_as(ratio_CQ)])
+        return Candidates(candidates.scale_CQ.repeat(2, 1), zero_point_CQ), Places(*(t.repeat(2, 1) for t in places))
 
     def look_closely(
         self,
         best: "_Best",
         candidates: Candidates,
         places: Places,
-        near_C: Tensor,
+        spacing: Tensor,
         last_C: Tensor,
         has_valleys: bool,
     ) -> "_Best":
         """The best scale and zero point around the best candidate, or of the best valley that candidates are in."""
         if has_valleys:
-            errors_CQ, change_CQ = self._find_depths(candidates)
+            index_Q, change_1Q = self._follow_moments(candidates)
             # Where few scales can be stored those beside it are looked at.
-            change = (near_C[1] - near_C[0]) * 0.05 + torch.finfo(self.problem.scale_dtype).eps * 0.7
-            last = torch.stack([change * 0, -change, change])
+            change = spacing * 0.05 + torch.finfo(self.problem.scale_dtype).eps * 0.7
+            near_C = torch.stack([change * 0, -change, change])
         else:
-            errors_CQ, change_CQ = self._score(candidates), torch.ones_like(candidates.scale_CQ)
+            errors_CQ = self._score(candidates)
             best = best.improve(errors_CQ, candidates, places)
-            if self.problem.lists_stored and self.problem.format.symmetric:
-                return best
-            last = torch.linspace(-1, 1, NUM_LAST, device=near_C.device) * (near_C[1] - near_C[0])
-        index_BQ = self._find_basins(errors_CQ, candidates.scale_CQ, near_C[1] / near_C[0] - 1)
-        chosen = candidates.take(index_BQ)
-        chosen = chosen._replace(scale_CQ=chosen.scale_CQ * take(change_CQ, index_BQ))
-        if has_valleys and self.problem.num_basins > 1:
-            # At the valley's bottom some elements may be rounded to something else, and it is another valley.
-            chosen = chosen._replace(scale_CQ=chosen.scale_CQ * self._find_depths(chosen)[1])
-        return self.look_beside(best, chosen, places.take(index_BQ), torch.cat([last, last_C]))
-
-    def _find_basins(self, errors_CQ: Tensor, scale_CQ: Tensor, spacing: Tensor) -> Tensor:
-        """The candidates of least errors, [B, Q], no two of which are beside each other."""
-        indices = []
-        for _ in range(self.problem.num_basins):
-            indices.append(errors_CQ.argmin(0))
-            scale_1Q = take(scale_CQ, indices[-1])
-            is_beside_CQ = (scale_CQ - scale_1Q).abs() <= scale_1Q.abs() * (1.5 * spacing)
-            errors_CQ = torch.where(is_beside_CQ, torch.inf, errors_CQ)
-        return torch.stack(indices)
+            index_Q = errors_CQ.argmin(0)
+            change_1Q = torch.ones_like(best.places.ratio_CQ)
+            near_C = torch.linspace(-1, 1, NUM_LAST, device=spacing.device) * spacing
+        chosen, places = candidates.take(index_Q), places.take(index_Q)
+        chosen = chosen._replace(scale_CQ=chosen.scale_CQ * change_1Q)
+        return self.look_beside(best, chosen, places, torch.cat([near_C, last_C]))
 
     def look_beside(self, best: "_Best", chosen: Candidates, places: Places, change_C: Tensor) -> "_Best":
-        """The best of these changes of scales, with all steps of their zero points."""
-        scale_CQ = (chosen.scale_CQ[:, None] * (1 + change_C[:, None])).flatten(0, 1).to(self.first.scale_CQ.dtype)
+        """The best of these changes of a scale, with all steps of its zero point."""
+        scale_CQ = (chosen.scale_CQ * (1 + change_C[:, None])).to(self.first.scale_CQ.dtype)
         scale_CQ = store_scale(self.problem, scale_CQ, self.global_scale)
         scale_CQ, steps_CQ = cross(scale_CQ, self._list_steps(_NEAR_ZERO_POINTS))
-        times = len(scale_CQ) // len(chosen.scale_CQ)
         last = Candidates(scale_CQ, None)
         if chosen.zero_point_CQ is not None:
             grid = self.problem.format.grid
             steps_CQ = steps_CQ if grid.type == "int" else torch.zeros_like(steps_CQ)
-            zero_point_CQ = chosen.zero_point_CQ.repeat_interleave(times, 0)
-            last = Candidates(scale_CQ, (zero_point_CQ + steps_CQ).clamp(grid.qmin, grid.qmax))
-        places = places if len(places.ratio_CQ) == 1 else Places(*(t.repeat_interleave(times, 0) for t in places))
+            last = Candidates(scale_CQ, (chosen.zero_point_CQ + steps_CQ).clamp(grid.qmin, grid.qmax))
         return best.improve(self._score(last), last, places)
 
-    def _find_depths(self, candidates: Candidates) -> tuple[Tensor, Tensor]:
-        """How deep each candidate's valley is, and how many times its scale the bottom is."""
+    def _follow_moments(self, candidates: Candidates) -> tuple[Tensor, Tensor]:
+        """Which candidate's valley is deepest, and how many times its scale the bottom is."""
         error_CQ, slope_CQ, curvature_CQ = self.sums.moments(candidates).unbind(0)
         ratio_CQ = candidates.scale_CQ / self.first.scale_CQ
         curvature_CQ = curvature_CQ.clamp(min=torch.finfo(torch.float32).tiny)
         depth_CQ = (error_CQ - slope_CQ * slope_CQ / curvature_CQ) * ratio_CQ * ratio_CQ
-        return torch.where(depth_CQ == depth_CQ, depth_CQ, torch.inf), 1 - slope_CQ / curvature_CQ
+        index_Q = depth_CQ.argmin(0)
+        return index_Q, 1 - take(slope_CQ / curvature_CQ, index_Q)
 
     def _improve_at(self, best: "_Best", places: Places) -> "_Best":
         candidates = self._make(places)
@@ -288,8 +245,7 @@ class _Best(NamedTuple):
         )
         is_tie_Q = error_2Q[1] == error_2Q[0]
         index_Q = ((error_2Q[1] < error_2Q[0]) | (is_tie_Q & (own.max > -own.min))).long()
-        candidate = Candidates(take(scale_2Q, index_Q), None)
-        places = Places(ratio_2Q, place_2Q).take(index_Q)
+        candidate, places = Candidates(take(scale_2Q, index_Q), None), Places(ratio_2Q, place_2Q).take(index_Q)
         return _Best(take(error_2Q, index_Q)[0], candidate, places)
 
     def improve(self, errors_CQ: Tensor, candidates: Candidates, places: Places) -> "_Best":

@@ -30,8 +30,9 @@ from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout, enlarge
 from fxmse.search.candidates import OptimumProblem
 from fxmse.search.compiling import pays_to_compile
-from fxmse.search.plan import NUM_BASINS, SMALL, Plan
+from fxmse.search.plan import Plan
 from fxmse.search.power import AbsolutePower
+from fxmse.search.small_groups import SMALL, Cells
 from fxmse.search.tile_optimum import search_tile
 from fxmse.search.tiles import MAX_TABLE, Range, cut_groups, cut_tiles, find_max_elements, holds_pairs
 
@@ -80,16 +81,20 @@ def find_optimum(
     shape = layout.qparam_shape(value.shape)
     size = value.numel() // math.prod(shape)
     both_signs = negative_scale and format.symmetric and format.grid.type == "int"
-    problem = OptimumProblem(format, power, False, value.dtype, both_signs, NUM_BASINS if size <= SMALL else 1)
-    plan = Plan.of(format, size, lists_stored=problem.lists_stored)
-    is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.work * problem.num_signs)
+    problem = OptimumProblem(format, power, False, value.dtype, both_signs)
+    plan = Plan.of(format, size)
+    cells = Cells.of(format, size, both_signs, value.device) if size <= SMALL and not problem.num_scales else None
+    work = plan.work * problem.num_signs if cells is None else len(cells.ratio)
+    is_compiled = pays_to_compile(problem, value, problem.num_scales or work)
     problem = replace(problem, reads_pairs=is_compiled and importance is None and holds_pairs(value, layout))
     max_elements = find_max_elements(problem, value)
     num_candidates = problem.num_scales or max(16, len(plan.fine)) * problem.num_signs
+    if cells is not None:
+        num_candidates = len(cells.ratio)
     max_groups = max(1, min(enlarge(MAX_TABLE, value.device) // num_candidates, max_elements // size))
     with torch.no_grad():
         tiles = cut_tiles(value, layout, max_groups, importance)
-        found = [search_tile(problem, plan, tile, global_scale, is_compiled) for tile in tiles]
+        found = [search_tile(problem, cells or plan, tile, global_scale, is_compiled) for tile in tiles]
     return Range(*(torch.cat(part).reshape(shape) for part in list(zip(*found, strict=True))[:2]))
 
 

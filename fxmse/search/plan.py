@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxmse.formats.grids import Format
 
-__all__ = ["NUM_BASINS", "NUM_LAST", "NUM_SHRUNK", "OF_COUNTS", "OF_GROUPS", "SMALL", "Density", "Plan"]
+__all__ = ["NUM_LAST", "NUM_SHRUNK", "OF_COUNTS", "OF_GROUPS", "Density", "Plan"]
 
 # Of integer grids, in parts of the scale of the group's own range. Widths and spacings were chosen so that errors stay
 # within .4 % of the least for groups of 32 to 4096 normal, heavy-tailed, skewed and real values of 2 to 8 bits.
@@ -20,10 +20,6 @@ _WIDTH = 2.2  # and at least so many times 1 / sqrt(G)
 _MAX_WIDTH = 0.4
 _ABOVE = 1.13  # times 1 / sqrt(G): how far above the group's own range
 _MIN_FINE = 8
-SMALL = 64
-"""The error of a group of at most so many elements has no trend to follow: all scales that may be best are listed."""
-NUM_BASINS = 4  # valleys of a small group that are looked at closely
-_SMALL_SPACING, _SMALL_FLOAT_SPACING = 0.15, 0.04  # as those of Density
 NUM_SHRUNK = 20  # ranges of the reference, which are evaluated, too: 1, .99, ... of the group's own
 NUM_LAST = 9  # scales around the best, where its valley's bottom does not follow from moments
 
@@ -56,11 +52,9 @@ class Plan:
 
     @classmethod
     @functools.cache
-    def of(cls, format: Format, num_elements: int, density: Density = OF_GROUPS, lists_stored: bool = False) -> "Plan":
-        """The plan for groups of so many elements; with ``lists_stored``, of few of them and scales in bfloat16."""
+    def of(cls, format: Format, num_elements: int, density: Density = OF_GROUPS) -> "Plan":
+        """The plan for groups of so many elements."""
         grid = format.grid
-        if num_elements <= SMALL and density is OF_GROUPS:
-            return cls._of_small(format, num_elements, lists_stored)
         if grid.type == "float":
             # It has the same values at twice the scale but for its smallest, and its largest are then not used: less
             # than twice the group's own scale is enough. As errors are in proportion to the elements, there is no
@@ -78,36 +72,6 @@ class Plan:
         coarse = (1.0, *(top * ratio for ratio in density.coarse if top * ratio != 1))
         last = tuple(change / grid.qmax for change in density.changes)
         return cls(coarse, _MIDDLE, fine, top * (1 + _ABOVE * noise), last)
-
-    @classmethod
-    def _of_small(cls, format: Format, num_elements: int, lists_stored: bool) -> "Plan":
-        """The plan for groups of few elements, all of whose fine scales are in parts of that of the group's own range.
-
-        At the scale of the group's own range no element's error is above half the largest distance h of two values. A
-        scale below 1 - sqrt(G) * h / 2 times that clamps the largest element, for more than that is worth. Twice a
-        scale whose upper half is not used has no value that this one lacks.
-        """
-        grid = format.grid
-        if grid.type == "float":
-            half = 2.0 ** (-1 - grid.mantissa_bits) / (2 - 2.0**-grid.mantissa_bits)
-            high, spacing = 2.0, _SMALL_FLOAT_SPACING * 2.0**-grid.mantissa_bits
-        else:
-            half = 1 / (grid.qmax - grid.qmin)
-            high = (grid.qmax - grid.qmin) / grid.qmax if format.symmetric else 2.0
-            spacing = _SMALL_SPACING / grid.qmax
-        low = max(0.1, 1 - math.sqrt(num_elements) * half)
-        if lists_stored:
-            # Of bfloat16 an octave has 128, and up to 12 more where it does not begin at a power of two.
-            num_fine = math.ceil(128 * math.log2(high / low)) + 14
-        elif grid.type == "int":
-            num_fine = math.ceil((1 / low - 1 / high) / spacing)
-            # What the largest element is rounded to changes as the inverse of the scale does.
-            inverses = (1 / high + (1 / low - 1 / high) * i / (num_fine - 1) for i in range(num_fine))
-            return cls((1.0,), (), tuple(sorted(1 / inverse for inverse in inverses)), high, ())
-        else:
-            num_fine = math.ceil(math.log(high / low) / spacing)
-        fine = tuple(low * (high / low) ** (i / (num_fine - 1)) for i in range(num_fine))
-        return cls((1.0,), (), fine, high, ())
 
     @property
     def num_candidates(self) -> int:

@@ -14,6 +14,7 @@ from fxmse.search.compiling import reads_flags, run
 from fxmse.search.error_sums import sum_moments, sum_powers
 from fxmse.search.narrowing import PLACES, Found, Sum, Sums, narrow_down, report_ranges
 from fxmse.search.plan import Plan
+from fxmse.search.small_groups import Cells, search_small
 from fxmse.search.tiles import Range, Tile, as_readable, count_parts, cover_ranges, measure_pairs
 
 __all__ = ["search_spread", "search_tile"]
@@ -24,7 +25,7 @@ _LARGEST_EXPONENT = 120
 
 def search_tile(
     problem: OptimumProblem,
-    plan: Plan,
+    plan: Plan | Cells,
     tile: Tile,
     global_scale: Tensor | None,
     is_compiled: bool,
@@ -40,7 +41,7 @@ def search_tile(
 
 
 def _search_extremes(
-    problem: OptimumProblem, plan: Plan, tile: Tile, global_scale: Tensor | None, found: Found, index_E: Tensor
+    problem: OptimumProblem, plan: Plan | Cells, tile: Tile, global_scale: Tensor | None, found: Found, index_E: Tensor
 ) -> Found:
     """What was found, with the groups at these indices searched again, each times a power of two.
 
@@ -64,7 +65,7 @@ def _search_extremes(
 
 def _search_tile(
     problem: OptimumProblem,
-    plan: Plan,
+    plan: Plan | Cells,
     tile: Tile,
     global_scale: Tensor | None,
     is_compiled: bool,
@@ -75,6 +76,8 @@ def _search_tile(
     if global_scale is not None:
         # One for each group, so that one graph does for one and for several.
         global_scale = global_scale.expand(num_groups).contiguous()
+    if isinstance(plan, Cells):
+        return search_small(problem, plan, tile, global_scale, is_compiled)
     if not problem.num_scales and (own is not None or num_groups == 1):
         return search_spread(problem, plan, tile, global_scale, is_compiled, own)
     readable = as_readable(problem, values_OQPG)
@@ -129,7 +132,7 @@ def _search_at_once(
 
 def search_spread(
     problem: OptimumProblem,
-    plan: Plan,
+    plan: Plan | Cells,
     tile: Tile,
     global_scale: Tensor | None,
     is_compiled: bool,
