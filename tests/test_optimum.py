@@ -260,6 +260,45 @@ def test_small_groups_are_each_within_half_a_percent_of_the_least(scheme, kind):
     assert ratio.max() <= 1.02
 
 
+@pytest.mark.parametrize("scheme", SMALL)
+def test_few_cells_do_where_they_are_not_counted(scheme, monkeypatch):
+    """A GPU is not waited for: each group has as many."""
+    weight = torch.cat([make_small_groups(kind, 64, 64) for kind in ("normal", "lognormal", "sparse")])
+    expected = list_errors("exact_mse", weight, SMALL[scheme])
+    monkeypatch.setattr("fxmse.search.small_groups.reads_flags", lambda tensor: False)
+    found = list_errors("exact_mse", weight, SMALL[scheme])
+    assert (found <= 1.005 * expected + 1e-11).double().mean() >= 0.995
+    assert found.sum() <= 1.0005 * expected.sum()
+
+
+def make_mixed_groups():
+    """Of all kinds, with groups that have nearly equal errors, and dead ones."""
+    kinds = ("normal", "student", "lognormal", "two values", "constant", "sparse")
+    weight = torch.cat([make_small_groups(kind, 128, 24) for kind in kinds])
+    weight[3] = 0.0
+    return weight
+
+
+NIGHTLY = pytest.mark.nightly
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DAILY = [("int4 g16", "bfloat16"), ("int4 g32 asymmetric", "float32"), ("fp8 g32", "float16")]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [pytest.param(s, d, marks=() if (s, d) in DAILY else NIGHTLY) for s in (*SMALL, "int8 g32") for d in DTYPES],
+)
+def test_compiled_searches_of_small_groups_find_the_same_bits(scheme, dtype):
+    weight, found = make_mixed_groups().to(DTYPES[dtype]), []
+    for mode in ("always", "never"):
+        with compilation(mode):
+            args = {**SMALL, **ALL_ARGS}[scheme]
+            found.append(Observer.load_from_registry("exact_mse", base_name="weight", args=args)(weight).get_qparams())
+    compiled, uncompiled = found
+    assert torch.equal(compiled["scale"], uncompiled["scale"])
+    assert torch.equal(compiled["zero_point"], uncompiled["zero_point"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["student", "lognormal", "two values", "sparse"])
 @pytest.mark.parametrize("scheme", [*SMALL, "int4 channel", "fp8 channel", "nvfp4", "mxfp4"])

@@ -20,6 +20,7 @@ The search for the optimum, of all ranges that a format can store:
 - ``plan``: which scales are evaluated, from coarse to fine.
 - ``candidates``: scales and zero points as they can be stored.
 - ``narrowing``: the best of more and more scales around the best ones so far.
+- ``small_groups``: the best of few elements' scales, by bounds that leave most of them out.
 - ``tile_optimum``: the optimum of one tile's groups.
 - ``optimum``: the search, and how it works.
 - ``counted_optimum``: the search of values that are given by how often each was seen.

@@ -49,7 +49,7 @@ _KNEE = 1.25
 _STEPS = (0.0, 0.4, -0.4, 0.8, -0.8)  # scales that are listed in a cell, in parts of what it reaches to either side
 # Of other norms than 2 there is no such bound: the cells within this part of the least error.
 _WITHIN = 0.15
-_MAX_CELLS = 4  # of a group, where they are not counted
+_MAX_CELLS = 16  # of a group, where they are not counted
 
 
 class Cells(NamedTuple):
@@ -160,9 +160,9 @@ def _bound(
     weights_OQPG: Tensor | None,
     *tables: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Each group's range, its own scale, its sum of squares in units of that, and whether a cell can have the best scale.
+    """Each group's range, its own scale, its sum of squares in units of that, and how far a cell's bound is too large.
 
-    That is where the last of these is below 0.
+    A cell can have the best scale where that is below 0.
     """
     own = measure_pairs(problem, values_OQPG)
     cells = Cells(*(table[:, None] for table in tables))

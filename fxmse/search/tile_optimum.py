@@ -132,7 +132,7 @@ def _search_at_once(
 
 def search_spread(
     problem: OptimumProblem,
-    plan: Plan | Cells,
+    plan: Plan,
     tile: Tile,
     global_scale: Tensor | None,
     is_compiled: bool,
