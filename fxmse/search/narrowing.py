@@ -85,6 +85,8 @@ def narrow_down(
     if is_counted and not problem.format.symmetric:
         # The best one may be at the edge of what was looked at.
         best = search.look_beside(best, best.candidate, best.places, last_C)
+    # With both signs: a weight and the same one negated have the same errors.
+    best = best.improve(*search.list_shrunk())
     if problem.both_signs:
         best = best.choose_sign(own)
     scale_1Q, zero_point_1Q = best.candidate
@@ -131,7 +133,6 @@ class _Search:
             # What the group's own range gives is a candidate, too.
             exact = best._replace(error_Q=self._score(best.candidate)[0])
             best = exact.improve(self._score(self.first), self.first, best.places)
-        best = best.improve(*self._list_shrunk())
         if self.problem.format.grid.type == "float":
             return best
         ratio_CQ = torch.minimum(best.places.ratio_CQ * middle_C[:, None], limit)
@@ -141,7 +142,7 @@ class _Search:
         near_TQ = (best.places.place_CQ + self._list_steps(_NEAR_PLACES)).clamp(0, 1)
         return self._improve_at(best, Places(*cross(best.places.ratio_CQ, near_TQ)))
 
-    def _list_shrunk(self) -> tuple[Tensor, Candidates, Places]:
+    def list_shrunk(self) -> tuple[Tensor, Candidates, Places]:
         """The ranges that the reference tries, and their errors: none of them shall be better."""
         ratio_C = 1 - torch.arange(NUM_SHRUNK, device=self.own.min.device) / 100
         ratio_CQ = ratio_C[:, None].expand(-1, len(self.own.min))
