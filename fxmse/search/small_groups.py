@@ -47,6 +47,7 @@ _MAX_WIDTH = 0.1
 # Above this part of the group's own scale the error is so much larger than the least that cells may be twice as wide.
 _KNEE = 1.25
 _STEPS = (0.0, 0.4, -0.4, 0.8, -0.8)  # scales that are listed in a cell, in parts of what it reaches to either side
+_FINE_STEPS = (0.0, *(sign * i / 4 for i in range(1, 5) for sign in (1, -1)))
 # Of other norms than 2 there is no such bound: the cells within this part of the least error.
 _WITHIN = 0.15
 _MAX_CELLS = 16  # of a group, where they are not counted
@@ -71,13 +72,12 @@ class Cells(NamedTuple):
         difference.
         """
         grid = format.grid
+        width = _find_width(format)
         if grid.type == "float":
             half = 2.0 ** (-1 - grid.mantissa_bits) / (2 - 2.0**-grid.mantissa_bits)
-            width = _FLOAT_WIDTH * 2.0**-grid.mantissa_bits
             high = 2.0
         else:
             half = 1 / (grid.qmax - grid.qmin)
-            width = min(_WIDTH / (grid.qmax + 0.5), _MAX_WIDTH)
             high = (grid.qmax - grid.qmin) / grid.qmax if format.symmetric else 2.0
         low = max(0.1, 1 - math.sqrt(num_elements) * half)
         knee = min(_KNEE, high)
@@ -96,6 +96,21 @@ class Cells(NamedTuple):
         if both_signs:
             listed += [(*cell, 0.5, -1.0) for cell in _divide(low, 1 + reach, width)]
         return cls(*torch.tensor(listed, device=device).T.contiguous())
+
+
+def _find_width(format: Format) -> float:
+    """Of a cell, of the logarithm of scales."""
+    grid = format.grid
+    if grid.type == "float":
+        return _FLOAT_WIDTH * 2.0**-grid.mantissa_bits
+    return min(_WIDTH / (grid.qmax + 0.5), _MAX_WIDTH)
+
+
+def _list_steps(problem: OptimumProblem) -> tuple[float, ...]:
+    """The scales of a cell, such that all are listed that can be stored, if these are nearly as few."""
+    half_step = torch.finfo(problem.scale_dtype).eps / 2
+    reach = _find_width(problem.format) / 2 + half_step
+    return _FINE_STEPS if reach / 4 <= half_step < 0.4 * reach else _STEPS
 
 
 def _divide(low: float, high: float, width: float) -> list[tuple[float, float]]:
@@ -174,15 +189,18 @@ def _bound(
     errors_CQ = torch.where(errors_CQ == errors_CQ, errors_CQ, torch.inf).float()
     squares_Q = _sum_squares(problem, values_OQPG, weights_OQPG, base_Q)
     if problem.power.exponent == 2:
-        # Half a step of stored scales is what a centre may be beside its place.
-        reach_C1 = cells.reach + torch.finfo(problem.scale_dtype).eps / 2
-        reach_CQ = (squares_Q.sqrt() + errors_CQ.sqrt()) * reach_C1
+        reach_CQ = (squares_Q.sqrt() + errors_CQ.sqrt()) * _widen(problem, cells.reach)
         bound_CQ = errors_CQ - reach_CQ * reach_CQ
     else:
         bound_CQ = errors_CQ * (1 - _WITHIN)
     least_Q = errors_CQ.amin(0)
     # Bools would not be vectorised.
     return own.min, own.max, base_Q, squares_Q, torch.where(errors_CQ == least_Q, -1.0, bound_CQ - least_Q)
+
+
+def _widen(problem: OptimumProblem, reach: Tensor) -> Tensor:
+    """What cells reach whose centres are stored: these may be half a step beside their places."""
+    return reach + torch.finfo(problem.scale_dtype).eps / 2
 
 
 def _sum_squares(problem: OptimumProblem, values_OQPG: Tensor, weights_OQPG: Tensor | None, base_Q: Tensor) -> Tensor:
@@ -226,8 +244,8 @@ def _look_closely(
     """The best scale and zero point of a pair's cell, and sum(e ** 2 - x ** 2), or at another norm sum(|e| ** norm)."""
     own, cells = Range(*ranges_2N), Cells(*(table[None] for table in tables_4N))
     centre = _place(problem, own, global_scale, cells)
-    step_K1 = torch.tensor(_STEPS[1:], device=ranges_2N.device)[:, None]
-    scale_KN = store_scale(problem, centre.scale_CQ * (1 + cells.reach * step_K1), global_scale)
+    step_K1 = torch.tensor(_list_steps(problem)[1:], device=ranges_2N.device)[:, None]
+    scale_KN = store_scale(problem, centre.scale_CQ * (1 + _widen(problem, cells.reach) * step_K1), global_scale)
     scale_KN = torch.cat([centre.scale_CQ, scale_KN])
     candidates = Candidates(scale_KN, None)
     if centre.zero_point_CQ is not None:
