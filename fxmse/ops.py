@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from fxmse.formats.grids import Format, Grid
 from fxmse.formats.layout import Layout
-from fxmse.formats.scales import calculate_scale_and_zero_point
+from fxmse.formats.scales import calculate_scale_and_zero_point, cast, round_half
 from fxmse.observers.counting import count, count_patterns
 from fxmse.observers.searches import load_search
 
@@ -74,7 +74,7 @@ def _fake_quantize(
             global_scale = global_scale.unsqueeze(-1)
         groups = x.unflatten(-1, (-1, group_size))
         result = _quantize_dequantize(groups, scale.unsqueeze(-1), zero_point, global_scale, grid)
-        return result.flatten(-2).to(x.dtype)
+        return cast(result.flatten(-2), x.dtype)
     return _quantize_dequantize(x, scale, zero_point, global_scale, grid)
 
 
@@ -83,16 +83,20 @@ def _quantize_dequantize(
 ) -> Tensor:
     if global_scale is not None:
         scale = scale / global_scale
-    scaled = x / scale
+    scaled = round_half(torch.div, x, scale)
     if zero_point is not None:
-        scaled = scaled + zero_point.to(x.dtype)
+        scaled = round_half(torch.add, scaled, zero_point.to(x.dtype))
+        # So it is after the sum already, unless a compiler knows that the zero point is 0.
+        scaled = torch.where(scaled == 0, 0.0, scaled)
     quantized = grid.round(scaled.clamp(grid.qmin, grid.qmax))
     if grid.type == "float":
-        quantized = torch.copysign(quantized, scaled)  # a cast keeps the sign of zero
+        # A cast to fp8 keeps the sign of zero. compressed-tensors' fp4 has it of what is below zero, and -0.0 is not.
+        signed = scaled if grid.num_bits == 8 else torch.where(scaled < 0, -1.0, 1.0)
+        quantized = torch.copysign(quantized, signed)
     quantized = quantized.to(scale.dtype)
     if zero_point is not None:
-        quantized = quantized - zero_point.to(scale.dtype)
-    return quantized * scale
+        quantized = round_half(torch.sub, quantized, zero_point.to(scale.dtype))
+    return round_half(torch.mul, quantized, scale)
 
 
 def _dynamic_fake_quantize(
@@ -137,8 +141,8 @@ def find_dynamic_qparams(
     strategy: str,
     group_size: int | None = None,
     scale_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The scale and the zero point of a dynamic value, of whose arguments these are; None for a zero point of 0."""
+) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point of a dynamic value, of whose arguments these are."""
     if strategy == "tensor":
         # A scale's range has 0 in it in any case, and so there is a smallest and a largest where there is no token.
         rows = [x.reshape(-1, x.shape[-1]), x.new_zeros(1, x.shape[-1])] if x.dim() else [x.reshape(1)]
@@ -151,7 +155,8 @@ def find_dynamic_qparams(
         min, max = groups.amin(-1), groups.amax(-1)
     format = Format(Grid(num_bits, type), symmetric, scale_dtype, is_mx=scale_dtype == torch.uint8)
     scale, zero_point = calculate_scale_and_zero_point(min, max, format, dtype=x.dtype, global_scale=global_scale)
-    return scale, None if symmetric else zero_point
+    # The zero point of a symmetric format is 0, and adding it makes 0.0 of -0.0. That of an integer is never -0.0.
+    return scale, zero_point.int() if type == "int" else zero_point
 
 
 def _pass_straight_through(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -139,6 +139,8 @@ def test_a_compiled_search_finds_what_the_uncompiled_one_does(name, device):
             uncompiled = case.search(value)
         num_groups += compiled.max.numel()
         differing = ((compiled.min != uncompiled.min) | (compiled.max != uncompiled.max)).flatten().nonzero()[:, 0]
+        if device.type == "cpu":  # a GPU does not wait for near ties to be settled
+            assert not len(differing)
         num_differing += len(differing)
         if len(differing) and name in PLAIN:
             num_differing -= are_ties(case, value, differing, (compiled, uncompiled)).sum().item()

@@ -40,6 +40,13 @@ def call(value, qparams, args: QuantizationArgs):
     )
 
 
+def with_zeros(value):
+    """``value`` with zeros of either sign, and with what is rounded to them."""
+    value[..., 3], value[..., 4], value[..., 5] = -0.0, -2e-3, 2e-3
+    value[0] = -0.0
+    return value
+
+
 def equal_bits(a, b):
     return a.dtype == b.dtype and torch.equal(a, b) and torch.equal(torch.signbit(a), torch.signbit(b))
 
@@ -48,16 +55,28 @@ def equal_bits(a, b):
 @pytest.mark.parametrize("kind", ["normal", "heavy", "special"])
 @pytest.mark.parametrize("name", ALL_ARGS)
 def test_equals_compressed_tensors_bit_for_bit(name, kind, dtype, device):
-    args, value = ALL_ARGS[name], make_weight(kind).to(dtype)
+    args, value = ALL_ARGS[name], with_zeros(make_weight(kind).to(dtype))
     qparams = find_qparams(value * 0.7, args)  # some values lie outside the range
+    # Folded graphs leave the zero point of a symmetric format out: adding 0 makes 0.0 of -0.0.
+    for zero_point in (qparams["zero_point"], None)[: 1 + args.symmetric]:
+        given = {**qparams, "zero_point": zero_point}
+        expected = reference_fake_quantize(value, given["scale"], zero_point, args, global_scale=given["global_scale"])
+        assert equal_bits(call(*move(device, value, given), args).cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["int4_asym_g32", "fp8_channel", "nvfp4"])
+def test_compiled_equals_compressed_tensors_bit_for_bit(name, dtype, device):
+    args, value = ALL_ARGS[name], with_zeros(make_weight("normal").to(dtype))
+    qparams = find_qparams(value * 0.7, args)
     expected = reference_fake_quantize(
         value, qparams["scale"], qparams["zero_point"], args, global_scale=qparams["global_scale"]
     )
-    value, qparams = move(device, value, qparams)
-    assert equal_bits(call(value, qparams, args).cpu(), expected)
-    if args.symmetric:
-        # Folded graphs leave the zero point of a symmetric format out.
-        assert torch.equal(call(value, {**qparams, "zero_point": None}, args).cpu(), expected)
+    # What is computed of the result meets the rounded one, too.
+    compiled = torch.compile(lambda value, qparams: (call(value, qparams, args), call(value, qparams, args) * 3))
+    found, tripled = (result.cpu() for result in compiled(*move(device, value, qparams)))
+    assert equal_bits(found, expected)
+    assert equal_bits(tripled, expected * 3)
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (2, 5, 64), (2, 3, 5, 64)])
@@ -158,16 +177,23 @@ def list_dynamic_arguments(args, global_scale=None):
 @pytest.mark.parametrize("kind", ["normal", "heavy", "special"])
 @pytest.mark.parametrize("name", DYNAMIC_ARGS)
 def test_dynamic_equals_compressed_tensors_bit_for_bit(name, kind, dtype, device):
-    args, value = DYNAMIC_ARGS[name], make_weight(kind, rows=24, columns=96).to(dtype).reshape(2, 12, 96)
+    args, value = DYNAMIC_ARGS[name], with_zeros(make_weight(kind, rows=24, columns=96).to(dtype)).reshape(2, 12, 96)
     arguments = list_dynamic_arguments(args)
     scale, zero_point = compute_dynamic_scales_and_zp(value, args, module=None, global_scale=arguments[0])
     expected = reference_fake_quantize(value, scale, zero_point, args, global_scale=arguments[0])
     global_scale, *others = arguments
     on_device = None if global_scale is None else global_scale.to(device)
     found = dynamic_fake_quantize(value.to(device), on_device, *others).cpu()
-    # A zero point of 0 makes compressed-tensors add 0 to -0.
-    assert found.dtype == expected.dtype
-    assert torch.equal(found, expected)
+    assert equal_bits(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8_token", "int4_asym_dynamic_g32"])
+def test_dynamic_is_compiled_to_the_same_bits(name, dtype, device):
+    arguments = list_dynamic_arguments(DYNAMIC_ARGS[name])
+    value = with_zeros(make_weight("normal").to(dtype)).to(device)
+    compiled = torch.compile(lambda value: dynamic_fake_quantize(value, *arguments))
+    assert equal_bits(compiled(value), dynamic_fake_quantize(value, *arguments))
 
 
 @pytest.mark.parametrize("name", ["int8_token", "fp8_token", "int8_asym_token"])

@@ -213,6 +213,134 @@ def test_importance_weighs_the_errors(name):
     assert get_weighted_error(observer, weight, importance) <= 1.005 * least
 
 
+def make_small_groups(kind, size, num=200):
+    generator = torch.Generator().manual_seed(size)
+    normal, uniform = (draw(num, size, generator=generator) for draw in (torch.randn, torch.rand))
+    if kind == "student":
+        return normal / torch.randn(num, size, 3, generator=generator).square().mean(-1).sqrt()
+    if kind == "lognormal":
+        return normal.exp() * (uniform - 0.5).sign()
+    if kind == "two values":
+        return torch.where(uniform < 0.3, normal[:, :1], normal[:, 1:2])
+    if kind == "constant":
+        return normal[:, :1].repeat(1, size)
+    return normal * (uniform < 0.1) if kind == "sparse" else normal
+
+
+SMALL = {
+    "int4 g16": make_args(4, strategy="group", group_size=16),
+    "int4 g64": make_args(4, strategy="group", group_size=64),
+    "int3 g32": make_args(3, strategy="group", group_size=32),
+    "int4 g32 asymmetric": make_args(4, strategy="group", group_size=32, symmetric=False),
+    "fp8 g32": make_args(8, "float", "group", group_size=32),
+    "fp4 g16": make_args(4, "float", "group", group_size=16),
+}
+
+
+def list_errors(name, weight, args, **kwargs):
+    qparams = Observer.load_from_registry(name, base_name="weight", args=args, **kwargs)(weight).get_qparams()
+    scale, zero_point = qparams["scale"].double().flatten(), qparams["zero_point"].double().flatten()
+    if qparams["global_scale"] is not None:
+        scale = scale / qparams["global_scale"].double()
+    return sum_errors(as_groups(weight, args).double(), scale, zero_point, args, 2.0)
+
+
+KINDS_OF_GROUPS = ("normal", "student", "lognormal", "two values", "constant", "sparse")
+HALF = [
+    ("int4 g16", "student", torch.bfloat16),
+    ("fp8 g32", "normal", torch.bfloat16),
+    ("fp8 g32", "sparse", torch.float16),
+]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind", "dtype"), [*((s, k, torch.float32) for s in SMALL for k in KINDS_OF_GROUPS), *HALF]
+)
+def test_small_groups_are_each_within_half_a_percent_of_the_least(scheme, kind, dtype):
+    args = SMALL[scheme]
+    weight = make_small_groups(kind, args.group_size).to(dtype)
+    weight = weight[weight.any(1)]
+    groups, negative_scale = as_groups(weight, args), args.symmetric and args.type == "int"
+    num_scales = 1500 if args.symmetric else 200
+    # What is less than float32 knows of the elements counts as nothing.
+    nothing = 1e-11 * groups.double().square().sum(1) + 1e-30
+    least = find_least_errors(groups, args, num_scales=num_scales, negative_scale=negative_scale) + nothing
+    ratio = (list_errors("exact_mse", weight, args) + nothing) / least
+    assert (ratio > 1.005).sum() <= 1
+    assert ratio.max() <= 1.02
+
+
+@pytest.mark.parametrize("scheme", SMALL)
+def test_few_cells_do_where_they_are_not_counted(scheme, monkeypatch):
+    """A GPU is not waited for: each group has as many."""
+    weight = torch.cat([make_small_groups(kind, 64, 64) for kind in ("normal", "lognormal", "sparse")])
+    expected = list_errors("exact_mse", weight, SMALL[scheme])
+    monkeypatch.setattr("fxmse.search.small_groups.reads_flags", lambda tensor: False)
+    found = list_errors("exact_mse", weight, SMALL[scheme])
+    assert (found <= 1.005 * expected + 1e-11).double().mean() >= 0.995
+    assert found.sum() <= 1.0005 * expected.sum()
+
+
+def make_mixed_groups():
+    """Of all kinds, with groups that have nearly equal errors, and dead ones."""
+    weight = torch.cat([make_small_groups(kind, 128, 24) for kind in KINDS_OF_GROUPS])
+    weight[3] = 0.0
+    return weight
+
+
+NIGHTLY = pytest.mark.nightly
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DAILY = [("int4 g16", "bfloat16"), ("int4 g32 asymmetric", "float32"), ("fp8 g32", "float16")]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [pytest.param(s, d, marks=() if (s, d) in DAILY else NIGHTLY) for s in (*SMALL, "int8 g32") for d in DTYPES],
+)
+def test_compiled_searches_of_small_groups_find_the_same_bits(scheme, dtype):
+    weight, found = make_mixed_groups().to(DTYPES[dtype]), []
+    for mode in ("always", "never"):
+        with compilation(mode):
+            args = {**SMALL, **ALL_ARGS}[scheme]
+            found.append(Observer.load_from_registry("exact_mse", base_name="weight", args=args)(weight).get_qparams())
+    compiled, uncompiled = found
+    assert torch.equal(compiled["scale"], uncompiled["scale"])
+    assert torch.equal(compiled["zero_point"], uncompiled["zero_point"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["student", "lognormal", "two values", "sparse"])
+@pytest.mark.parametrize("scheme", [*SMALL, "int4 channel", "fp8 channel", "nvfp4", "mxfp4"])
+def test_no_group_is_worse_than_by_the_references_search(scheme, kind, dtype):
+    args = {**SMALL, **ALL_ARGS}[scheme]
+    weight = make_small_groups(kind, 256, 16).to(dtype)
+    global_scale = None
+    if scheme == "nvfp4":  # a group is compared to itself with the same global scale
+        global_scale = Observer.load_from_registry("exact_mse", base_name="weight", args=args)(weight)
+        global_scale = {"global_scale": global_scale.get_qparams()["global_scale"]}
+    nothing = 1e-13 * as_groups(weight, args).double().square().sum(1)  # rounding of float32
+    ours = list_errors("exact_mse", weight, args)
+    names = ("memoryless_mse", "memoryless_minmax")[: 2 if global_scale is None else 1]
+    for name in names:
+        others = list_errors(name, weight, args, **(global_scale or {}))
+        assert (ours <= others * (1 + 1e-6) + nothing).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-36, 3.3e38])
+@pytest.mark.parametrize("scheme", ["int8 channel", "int4 g32", "int4 g128 asymmetric", "fp8 channel", "mxfp4"])
+def test_magnitudes_at_the_ends_of_float32_are_searched(scheme, magnitude, dtype):
+    args = ALL_ARGS[scheme]
+    weight = make_weight("normal", rows=4, columns=128).double()
+    weight = (weight / weight.abs().amax() * magnitude).to(dtype)
+    weight[1:] = make_weight("normal", rows=3, columns=128).to(dtype)  # beside others
+    errors, others = (list_errors(name, weight, args) for name in ("exact_mse", "memoryless_minmax"))
+    assert errors.isfinite().all()
+    assert (errors <= others * (1 + 1e-6)).all()
+    if dtype == torch.float32 and scheme.startswith("int"):
+        assert (errors < 0.99 * others).all()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from([2, 3, 4, 8]),

@@ -10,6 +10,7 @@ from models import make_config
 from torch import nn
 
 import fxmse
+from fxmse.search.compiling import compilation
 
 
 def test_report_says_what_quantization_did():
@@ -133,6 +134,21 @@ def test_blocks_add_up_to_the_sums_of_float64(name, dtype, size, monkeypatch):
     sqnr = 10 * math.log10(weight.double().square().sum() / noise.square().sum())
     assert site.sqnr == pytest.approx(sqnr, abs=1e-4)
     assert site.range_ratio == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@torch.no_grad()
+def test_compiled_sums_are_those_of_what_the_graph_computes(name):
+    """Of bfloat16, each of whose operations rounds."""
+    torch.manual_seed(0)
+    linear = nn.Linear(160, 300, bias=False, dtype=torch.bfloat16).eval()
+    model = torch.fx.symbolic_trace(nn.Sequential(linear))
+    quantized = fxmse.quantize(model, make_config(weights={**FORMATS[name], "observer": "minmax"}), progress=False)
+    with compilation("always"):
+        (compiled,) = fxmse.report(quantized)
+    (plain,) = fxmse.report(quantized)
+    assert compiled.sqnr == pytest.approx(plain.sqnr, abs=1e-4)
+    assert compiled.range_ratio == pytest.approx(plain.range_ratio, abs=1e-6)
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
 """The scale and zero point that put a range on a grid, rounded as they are stored, and the way back."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fxmse.formats.grids import FLOAT_FORMATS, Format, Grid, round_to_mantissa
+from fxmse.formats.tables import is_traced
 
 __all__ = [
     "E4M3_STAND_IN",
@@ -11,7 +14,9 @@ __all__ = [
     "calculate_global_scale",
     "calculate_range_of_scale",
     "calculate_scale_and_zero_point",
+    "cast",
     "get_mx_carry",
+    "round_half",
     "round_scale",
     "round_to_dtype",
     "store_mx_scale",
@@ -61,9 +66,10 @@ def calculate_scale_and_zero_point(
         )
         return scale, torch.zeros_like(min)
     min, max = min.clamp(max=0), max.clamp(min=0)
-    scale = _divide(max - min, grid.qmax - grid.qmin)
+    scale = _divide(round_half(torch.sub, max, min), grid.qmax - grid.qmin)
     # A dead group divides 0 by 0; compressed-tensors' integer cast turns that NaN into 0, too.
-    zero_point = torch.nan_to_num((grid.qmin - min / scale).clamp(grid.qmin, grid.qmax), nan=0.0)
+    zero_point = round_half(torch.rsub, round_half(torch.div, min, scale), torch.full_like(min, grid.qmin))
+    zero_point = torch.nan_to_num(zero_point.clamp(grid.qmin, grid.qmax), nan=0.0)
     if global_scale is not None:
         scale = global_scale * scale
     return round_scale(scale, format.scale_dtype or dtype), grid.round(zero_point)
@@ -83,7 +89,7 @@ def calculate_exact_scale(min: Tensor, max: Tensor, format: Format, global_scale
 
 def _divide(value: Tensor, divisor: float) -> Tensor:
     """The quotient, rounded once, as compressed-tensors has it: by a number a GPU multiplies with its inverse."""
-    return value / torch.full((), divisor, dtype=value.dtype, device=value.device)
+    return round_half(torch.div, value, torch.full((), divisor, dtype=value.dtype, device=value.device))
 
 
 def calculate_range_of_scale(scale: Tensor, zero_point: Tensor | None, format: Format) -> tuple[Tensor, Tensor]:
@@ -123,11 +129,27 @@ def round_to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
         return x.to(dtype).to(x.dtype)
     if dtype == torch.float16:
-        return round_to_mantissa(x, 10, -14)
+        return torch.copysign(round_to_mantissa(x, 10, -14), x)
     bits = x.view(torch.int32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x1_0000).view(torch.float32)
     # isnan would not be vectorized: the search takes six times as long.
     return torch.where(x != x, x, rounded)
+
+
+def round_half(operation: Callable[[Tensor, Tensor], Tensor], x: Tensor, other: Tensor) -> Tensor:
+    """``operation`` of two tensors, of half precision rounded in a graph as it is outside.
+
+    Inductor computes in float32 and rounds what it stores, not what one operation hands to the next.
+    """
+    dtype = torch.promote_types(x.dtype, other.dtype)
+    if dtype not in (torch.bfloat16, torch.float16) or not is_traced(x):
+        return operation(x, other)
+    return cast(operation(x.float(), other.float()), dtype)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``, in a graph for what reads it there, too (see :func:`round_half`)."""
+    return round_to_dtype(x, dtype).to(dtype) if is_traced(x) and x.dtype != dtype else x.to(dtype)
 
 
 def get_mx_carry(num_bits: int) -> int:
@@ -140,6 +162,11 @@ def get_mx_carry(num_bits: int) -> int:
 
 def store_mx_scale(absmax: Tensor, num_bits: int) -> Tensor:
     """The power of two that an E8M0 scale stores, less the element's exponent; in ``absmax``'s dtype."""
-    power = ((absmax.float().view(torch.int32) + get_mx_carry(num_bits)) & 0x7F80_0000).view(torch.float32)
-    scale = (power * 2.0 ** -_MX_EXPONENTS[num_bits]).clamp(min=2.0**-127, max=2.0**127).to(absmax.dtype)
+    # Half of it: the largest magnitudes are carried beyond float32.
+    bits = (((absmax.float().view(torch.int32) + get_mx_carry(num_bits)) & 0x7F80_0000) - 0x80_0000).clamp(min=0)
+    scale = (
+        (bits.view(torch.float32) * 2.0 ** (1 - _MX_EXPONENTS[num_bits]))
+        .clamp(min=2.0**-127, max=2.0**127)
+        .to(absmax.dtype)
+    )
     return torch.where(scale == 0, 1.0, scale)  # float16 cannot hold the smallest

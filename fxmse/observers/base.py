@@ -18,8 +18,8 @@ from torch import Tensor
 from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout
 from fxmse.formats.scales import calculate_global_scale, round_scale
+from fxmse.formats.tables import is_traced
 from fxmse.observers.states import State, Stateful, plain_modes, without_autocast
-from fxmse.search.compiling import is_traced
 from fxmse.search.tiles import Range, cover_ranges, measure_range
 
 __all__ = ["QPARAMS", "NoOptions", "Observer", "describe_non_finite"]

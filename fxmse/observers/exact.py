@@ -9,12 +9,12 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from fxmse.formats.tables import is_traced
 from fxmse.observers.base import Observer
 from fxmse.observers.counting import convert_counts, count, list_values
 from fxmse.observers.input_aware import InputAwareObserver, check_input_options
 from fxmse.observers.searches import describe_search
 from fxmse.observers.states import State
-from fxmse.search.compiling import is_traced
 from fxmse.search.counted_optimum import find_optimum_of_counts
 from fxmse.search.global_scale import find_global_range
 from fxmse.search.optimum import find_optimum

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fxmse.search.compiling import is_traced
+from fxmse.formats.tables import is_traced
 
 __all__ = ["find_fingerprint", "has_values"]
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fxmse.formats.tables import is_traced
 from fxmse.observers.arrangements import Arrangement, Experts, Patches
 from fxmse.observers.states import Stateful, plain_modes, without_autocast
-from fxmse.search.compiling import is_traced
 
 __all__ = [
     "Importance",

@@ -8,11 +8,11 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from fxmse.formats.tables import is_traced
 from fxmse.observers.averages import AverageOptions, AveragingObserver
 from fxmse.observers.base import Observer
 from fxmse.observers.searches import describe_search
 from fxmse.observers.states import State
-from fxmse.search.compiling import is_traced
 from fxmse.search.options import SearchOptions
 from fxmse.search.shrinking import shrink_global_range, shrink_ranges
 from fxmse.search.tiles import Range, search_matrices

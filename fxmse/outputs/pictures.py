@@ -286,7 +286,8 @@ class PictureRecorder(Recorder):
         args = self.args
         grid = (args.num_bits, QuantizationType(args.type).value, args.symmetric, args.strategy, args.group_size)
         scale, zero_point = find_dynamic_qparams(x, self.global_scale, *grid, args.scale_dtype)
-        return scale if self.global_scale is None else scale / self.global_scale, zero_point
+        scale = scale if self.global_scale is None else scale / self.global_scale
+        return scale, None if args.symmetric else zero_point
 
     def _sample(self, x: Tensor) -> None:
         """Rule 3."""

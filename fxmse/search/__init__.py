@@ -12,6 +12,7 @@ The reference's search, which shrinks a group's range step by step:
 - ``options``: which ranges are tried, and what they are judged by.
 - ``shrunk_ranges``: the candidates and their errors.
 - ``patience``: which candidate the reference's loop ends with.
+- ``near_ties``: which of nearly equal errors is less.
 - ``shrinking``: the search.
 
 The search for the optimum, of all ranges that a format can store:
@@ -19,6 +20,7 @@ The search for the optimum, of all ranges that a format can store:
 - ``plan``: which scales are evaluated, from coarse to fine.
 - ``candidates``: scales and zero points as they can be stored.
 - ``narrowing``: the best of more and more scales around the best ones so far.
+- ``small_groups``: the best of few elements' scales, by bounds that leave most of them out.
 - ``tile_optimum``: the optimum of one tile's groups.
 - ``optimum``: the search, and how it works.
 - ``counted_optimum``: the search of values that are given by how often each was seen.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxmse.formats.scales import calculate_exact_scale, round_scale
+from fxmse.formats.scales import calculate_exact_scale, calculate_scale_and_zero_point, round_scale
 from fxmse.search.tiles import Arithmetic, Range
 
 __all__ = [
@@ -18,7 +18,9 @@ __all__ = [
     "OptimumProblem",
     "Places",
     "cross",
+    "find_own_place",
     "make_candidates",
+    "shrink",
     "store_scale",
     "take",
 ]
@@ -34,6 +36,11 @@ class OptimumProblem(Arithmetic):
     both_signs: bool = False  # of scales
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        """What scales are stored in."""
+        return self.format.scale_dtype or self.dtype
+
+    @property
     def num_signs(self) -> int:
         """How often each group is searched."""
         return 2 if self.both_signs else 1
@@ -45,7 +52,7 @@ class OptimumProblem(Arithmetic):
             return _NUM_POWERS_OF_TWO
         if self.format.scale_dtype != torch.float8_e4m3fn or not self.format.symmetric:
             return None
-        low = 0.25 if self.format.grid.type == "int" else 0.8
+        low = 0.25 if self.format.grid.type == "int" else 0.7
         return 2 + math.ceil(8 * math.log2(self.top_ratio / low))  # eight in each octave
 
     @property
@@ -105,9 +112,29 @@ def make_candidates(problem: OptimumProblem, own: Range, global_scale: Tensor | 
     return Candidates(scale_CQ, grid.round((grid.qmin - low_CQ / scale_CQ).clamp(grid.qmin, grid.qmax)))
 
 
+def shrink(problem: OptimumProblem, own: Range, global_scale: Tensor | None, ratio_CQ: Tensor) -> Candidates:
+    """Parts of the group's own range, with the scales and zero points that the reference has for them."""
+    low_Q, high_Q = own.min.minimum(own.max), own.max.maximum(own.min)
+    scale_CQ, zero_point_CQ = calculate_scale_and_zero_point(
+        low_Q * ratio_CQ, high_Q * ratio_CQ, problem.format, dtype=problem.dtype, global_scale=global_scale
+    )
+    if global_scale is not None:
+        scale_CQ = scale_CQ / global_scale
+    scale_CQ = torch.where(own.min > own.max, -scale_CQ, scale_CQ)
+    return Candidates(scale_CQ, None if problem.format.symmetric else zero_point_CQ)
+
+
+def find_own_place(own: Range) -> Tensor:
+    """The place of :func:`shrink`'s ranges, [Q]."""
+    span_Q = own.max.clamp(min=0) - own.min.clamp(max=0)
+    return torch.where(span_Q > 0, -own.min.clamp(max=0) / span_Q, 0.0)
+
+
 def store_scale(problem: OptimumProblem, scale: Tensor, global_scale: Tensor | None) -> Tensor:
-    """A scale as it will be stored, in units of x."""
-    dtype = problem.format.scale_dtype or problem.dtype
+    """A scale as it will be stored, in units of x; one whose range float32 holds."""
+    # Half precision may round it up.
+    grid = problem.format.grid
+    largest = torch.finfo(torch.float32).max / (grid.qmax - grid.qmin) * (2 - 2.0**-6)
     if global_scale is None:
-        return round_scale(scale, dtype)
-    return round_scale(scale * global_scale, dtype) / global_scale
+        return round_scale(scale.clamp(-largest, largest), problem.scale_dtype)
+    return round_scale((scale * global_scale).clamp(-largest, largest), problem.scale_dtype) / global_scale

@@ -15,17 +15,17 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+
+from fxmse.formats.tables import is_traced
 
 __all__ = [
     "MIN_COMPILED",
     "STATIC_LENGTHS",
     "attempt",
     "compilation",
-    "is_traced",
     "pays_to_compile",
     "reads_flags",
+    "rounds_each",
     "run",
     "unrolls",
 ]
@@ -50,6 +50,7 @@ _Stage = TypeVar("_Stage", bound=Callable[..., Any])
 _Result = TypeVar("_Result")
 
 _unrolled: dict[Callable[..., Any], int] = {}
+_rounding_each: set[Callable[..., Any]] = set()
 
 
 def unrolls(place: int) -> Callable[[_Stage], _Stage]:
@@ -60,6 +61,12 @@ def unrolls(place: int) -> Callable[[_Stage], _Stage]:
         return stage
 
     return mark
+
+
+def rounds_each(stage: _Stage) -> _Stage:
+    """Marks a stage whose products are rounded before anything is added to them, as uncompiled ones are."""
+    _rounding_each.add(stage)
+    return stage
 
 
 def pays_to_compile(problem: Hashable, value: Tensor, num_steps: int) -> bool:
@@ -79,8 +86,9 @@ def compilation(mode: _Mode) -> Iterator[None]:
         mode: "auto", the default: a scheme's searches run uncompiled until they would have taken as long as compiling
             does, and compiled from then on. So a small model never waits for a compiler, a large one compiles at its
             first weight, and neither takes more than twice the time of the better choice. "always" compiles from the
-            first value of 4096 elements on, "never" not at all. What is compiled is the same; candidates whose errors
-            tie to 2 ** -21 may be told apart differently.
+            first value of 4096 elements on, "never" not at all. What is compiled finds the same
+            ranges; only ``exact_mse`` of groups of more than 64 elements, whose scales follow from sums, may find
+            others whose errors are as small.
 
     Raises:
         ValueError: another mode.
@@ -164,6 +172,8 @@ def _compile(
     code = run.__code__.replace(co_name=f"{stage.__name__.strip('_')}_{next(_serial)}")
     run = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
     options = {**_INDUCTOR_OPTIONS, "guard_filter_fn": functools.partial(_keep_guards, signature)}
+    if stage in _rounding_each:
+        options["cpp.enable_floating_point_contract_flag"] = "off"
     compiled = torch.compile(run, fullgraph=True, options=options)
     varying = [
         (place, dim)
@@ -209,16 +219,6 @@ def _is_missing_compiler(error: BaseException | None) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def is_traced(value: Tensor) -> bool:
-    """Whether somebody else's graph is being made, or ``value`` has no data that a kernel could read.
-
-    ``torch.compiler.is_compiling`` and ``is_exporting`` are flags of the process, which another thread may have set.
-    """
-    if torch.compiler.is_dynamo_compiling():  # True where Dynamo looks at this line, False where Python runs it
-        return True
-    return isinstance(value, FakeTensor | FunctionalTensor) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def reads_flags(tensor: Tensor) -> bool:

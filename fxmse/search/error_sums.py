@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from fxmse.formats.grids import Format, Grid
-from fxmse.formats.tables import keep
-from fxmse.search.compiling import is_traced
+from fxmse.formats.tables import is_traced, keep
 from fxmse.search.tiles import Arithmetic, split_pairs
 
-__all__ = ["list_errors", "sum_moments", "sum_powers"]
+__all__ = ["list_errors", "sum_exactly", "sum_moments", "sum_powers"]
 
 # Uncompiled, so many errors are held at a time.
 _MAX_EAGER = 1 << 20
@@ -51,6 +50,25 @@ def sum_moments(
     return torch.stack(_sum(_list_moments, arithmetic, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG))
 
 
+def sum_exactly(
+    arithmetic: Arithmetic,
+    values_OQPG: Tensor,
+    scale_CQ: Tensor,
+    zero_point_CQ: Tensor | None,
+    weights_OQPG: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The sums of weight * |x * q| and weight * q ** 2, float64 [C, Q], q as in :func:`sum_moments`.
+
+    Without weights, of integers and of floats of few bits both are exact, whatever the order of the sums: what x is
+    rounded to is as long as it is rounded step by step (:func:`fxmse.search.compiling.rounds_each`).
+    """
+    # Squares of some integers are exact in float32.
+    is_short = arithmetic.format.grid.type == "int" and weights_OQPG is None
+    list_terms = _list_products_of_integers if is_short else _list_products
+    products_CQ, squares_CQ = _sum(list_terms, arithmetic, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG)
+    return products_CQ, squares_CQ.double()
+
+
 def list_errors(arithmetic: Arithmetic, values_OQPG: Tensor, scale_CQ: Tensor, zero_point_CQ: Tensor | None) -> Tensor:
     """Each candidate's errors with their signs, in units of its scale, [O, C, Q, P, G]; values are float32."""
     shape_CQ11 = (len(scale_CQ), *values_OQPG.shape[1:-2], 1, 1)
@@ -63,16 +81,26 @@ def list_errors(arithmetic: Arithmetic, values_OQPG: Tensor, scale_CQ: Tensor, z
     return errors
 
 
-_Terms = Callable[[Arithmetic, Tensor, Tensor], list[Tensor]]
+_Terms = Callable[[Arithmetic, Tensor, Tensor, Tensor], list[Tensor]]
 
 
-def _list_powers(arithmetic: Arithmetic, error: Tensor, scaled: Tensor) -> list[Tensor]:
+def _list_powers(arithmetic: Arithmetic, values: Tensor, error: Tensor, scaled: Tensor) -> list[Tensor]:
     return [arithmetic.power(error)]
 
 
-def _list_moments(arithmetic: Arithmetic, error: Tensor, scaled: Tensor) -> list[Tensor]:
+def _list_moments(arithmetic: Arithmetic, values: Tensor, error: Tensor, scaled: Tensor) -> list[Tensor]:
     quantized = scaled + error
     return [error * error, error * quantized, quantized * quantized]
+
+
+def _list_products(arithmetic: Arithmetic, values: Tensor, error: Tensor, scaled: Tensor) -> list[Tensor]:
+    quantized = (scaled + error).double()  # exact, as the difference is
+    return [(values.double() * quantized).abs(), quantized * quantized]
+
+
+def _list_products_of_integers(arithmetic: Arithmetic, values: Tensor, error: Tensor, scaled: Tensor) -> list[Tensor]:
+    quantized = scaled + error
+    return [(values.double() * quantized.double()).abs(), quantized * quantized]
 
 
 def _sum(
@@ -109,7 +137,7 @@ def _sum_at_once(
     reciprocal = keep(scale_CQ.reciprocal()).reshape(shape_CQ11)
     zero_point = None if zero_point_CQ is None else zero_point_CQ.reshape(shape_CQ11)
     terms = [
-        list_terms(arithmetic, *_round(part[:, None], reciprocal, zero_point, arithmetic.format))
+        list_terms(arithmetic, part[:, None], *_round(part[:, None], reciprocal, zero_point, arithmetic.format))
         for part in split_pairs(arithmetic, values_OQPG)
     ]
     weights_O1QPG = None if weights_OQPG is None else weights_OQPG[:, None]

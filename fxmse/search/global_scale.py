@@ -71,6 +71,7 @@ def find_global_range(
         num_groups = sum(len(weight.groups_QG) for weight in weights)
         num_places = min(max(int(_PLACES_OF_ONE / math.sqrt(num_groups)), _MIN_PLACES), _MAX_PLACES)
         range_J = largest * 2 * torch.exp2(torch.arange(num_places, device=largest.device) / num_places)
+        range_J = range_J.clamp(max=torch.finfo(torch.float32).max)
         for num_judges, num_left in _ROUNDS:
             samples = [weight.draw(num_judges) for weight in weights]
             global_scale_J = calculate_global_scale(-range_J, range_J)

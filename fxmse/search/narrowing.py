@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 
 from fxmse.formats.scales import calculate_range_of_scale
-from fxmse.search.candidates import Candidates, OptimumProblem, Places, cross, make_candidates, store_scale, take
-from fxmse.search.plan import NUM_LAST
+from fxmse.search.candidates import (
+    Candidates,
+    OptimumProblem,
+    Places,
+    cross,
+    find_own_place,
+    make_candidates,
+    shrink,
+    store_scale,
+    take,
+)
+from fxmse.search.plan import NUM_LAST, NUM_SHRUNK
 from fxmse.search.tiles import Range
 
 __all__ = ["PLACES", "Found", "Sum", "Sums", "narrow_down", "report_ranges"]
@@ -75,8 +85,10 @@ def narrow_down(
     if is_counted and not problem.format.symmetric:
         # The best one may be at the edge of what was looked at.
         best = search.look_beside(best, best.candidate, best.places, last_C)
+    # With both signs: a weight and the same one negated have the same errors.
+    best = best.improve(*search.list_shrunk())
     if problem.both_signs:
-        best = best.choose_sign()
+        best = best.choose_sign(own)
     scale_1Q, zero_point_1Q = best.candidate
     zero_point_Q = None if zero_point_1Q is None else zero_point_1Q[0]
     return report_ranges(
@@ -130,6 +142,13 @@ class _Search:
         near_TQ = (best.places.place_CQ + self._list_steps(_NEAR_PLACES)).clamp(0, 1)
         return self._improve_at(best, Places(*cross(best.places.ratio_CQ, near_TQ)))
 
+    def list_shrunk(self) -> tuple[Tensor, Candidates, Places]:
+        """The ranges that the reference tries, and their errors: none of them shall be better."""
+        ratio_C = 1 - torch.arange(NUM_SHRUNK, device=self.own.min.device) / 100
+        ratio_CQ = ratio_C[:, None].expand(-1, len(self.own.min))
+        candidates = shrink(self.problem, self.own, self.global_scale, ratio_CQ)
+        return self._score(candidates), candidates, Places(ratio_CQ, find_own_place(self.own).expand_as(ratio_CQ))
+
     def list_valleys(self, best: "_Best", ratio_CQ: Tensor) -> tuple[Candidates, Places]:
         """Candidates of these scales near the best one."""
         places = Places(ratio_CQ, best.places.place_CQ.expand_as(ratio_CQ))
@@ -153,7 +172,7 @@ class _Search:
         if has_valleys:
             index_Q, change_1Q = self._follow_moments(candidates)
             # Where few scales can be stored those beside it are looked at.
-            change = spacing * 0.05 + torch.finfo(self.problem.dtype).eps * 0.7
+            change = spacing * 0.05 + torch.finfo(self.problem.scale_dtype).eps * 0.7
             near_C = torch.stack([change * 0, -change, change])
         else:
             errors_CQ = self._score(candidates)
@@ -197,7 +216,9 @@ class _Search:
         """The errors, in units of the first scale ** norm."""
         # Dynamo of torch 2.11 does not know that a function is true.
         sums_CQ = (self.sums.powers if sum_powers is None else sum_powers)(candidates)
-        return sums_CQ * torch.pow(candidates.scale_CQ / self.first.scale_CQ, self.problem.power.exponent)
+        errors_CQ = sums_CQ * torch.pow(candidates.scale_CQ / self.first.scale_CQ, self.problem.power.exponent)
+        # 0 times infinity, where a scale too small to be stored became the stand-in for 0: no argmin shall find it.
+        return torch.where(errors_CQ == errors_CQ, errors_CQ, torch.inf)
 
     def _list_steps(self, steps: tuple[float, ...]) -> Tensor:
         """Of an asymmetric format all of ``steps``, of a symmetric one the first, [T, Q]."""
@@ -218,12 +239,15 @@ class _Best(NamedTuple):
         index_Q = errors_CQ.argmin(0)
         return cls(take(errors_CQ, index_Q)[0], candidates.take(index_Q), places.take(index_Q))
 
-    def choose_sign(self) -> "_Best":
-        """The better one of each group that is listed twice."""
+    def choose_sign(self, own: Range) -> "_Best":
+        """The better one of each group that is listed twice; of equal ones that with qmin at the larger end."""
         error_2Q, scale_2Q, ratio_2Q, place_2Q = (
             tensor.view(2, -1) for tensor in (self.error_Q, self.candidate.scale_CQ, *self.places)
         )
-        return _Best.of(error_2Q, Candidates(scale_2Q, None), Places(ratio_2Q, place_2Q))
+        is_tie_Q = error_2Q[1] == error_2Q[0]
+        index_Q = ((error_2Q[1] < error_2Q[0]) | (is_tie_Q & (own.max > -own.min))).long()
+        candidate, places = Candidates(take(scale_2Q, index_Q), None), Places(ratio_2Q, place_2Q).take(index_Q)
+        return _Best(take(error_2Q, index_Q)[0], candidate, places)
 
     def improve(self, errors_CQ: Tensor, candidates: Candidates, places: Places) -> "_Best":
         """The best of these and of more candidates; of places there may be one for all of those."""
@@ -252,4 +276,6 @@ def report_ranges(
     """The ranges that give these scales and zero points; errors are in units of ``base_Q`` ** norm."""
     low_Q, high_Q = calculate_range_of_scale(scale_Q, zero_point_Q, problem.format)
     # What is not finite stays so. Inductor makes zeros of products with the integer 0, not of those with a float.
+    largest = torch.finfo(torch.float32).max
+    low_Q, high_Q = low_Q.clamp(-largest, largest), high_Q.clamp(-largest, largest)
     return Found(low_Q + own.min * 0.0, high_Q + own.max * 0.0, error_Q, base_Q)

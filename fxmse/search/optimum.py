@@ -8,7 +8,7 @@ last look at the best valley. At norm 2 any point of a valley tells how deep it 
 (:func:`fxmse.search.error_sums.sum_moments`), so that a scale or two in each are enough.
 
 The depths of valleys differ by about 1 / sqrt(G). In small groups the best one may be as far from the trend's minimum,
-and also above the group's own range.
+and also above the group's own range; those of the fewest elements have no trend (:mod:`fxmse.search.small_groups`).
 
 The grid of symmetric integers has one value more below 0 than above. With a scale below 0 that value is at the other
 end: each group is searched twice, as if its range were the other way round, too, and has it where it is of more use.
@@ -32,6 +32,7 @@ from fxmse.search.candidates import OptimumProblem
 from fxmse.search.compiling import pays_to_compile
 from fxmse.search.plan import Plan
 from fxmse.search.power import AbsolutePower
+from fxmse.search.small_groups import SMALL, Cells
 from fxmse.search.tile_optimum import search_tile
 from fxmse.search.tiles import MAX_TABLE, Range, cut_groups, cut_tiles, find_max_elements, holds_pairs
 
@@ -81,11 +82,17 @@ def find_optimum(
     size = value.numel() // math.prod(shape)
     both_signs = negative_scale and format.symmetric and format.grid.type == "int"
     problem = OptimumProblem(format, power, False, value.dtype, both_signs)
-    plan = Plan.of(format, size)
-    is_compiled = pays_to_compile(problem, value, problem.num_scales or plan.work * problem.num_signs)
+    plan: Plan | Cells
+    if size <= SMALL and not problem.num_scales:
+        plan = Cells.of(format, size, both_signs, value.device)
+        work = num_candidates = len(plan.ratio)
+    else:
+        plan = Plan.of(format, size)
+        work = problem.num_scales or plan.work * problem.num_signs
+        num_candidates = problem.num_scales or max(16, len(plan.fine)) * problem.num_signs
+    is_compiled = pays_to_compile(problem, value, work)
     problem = replace(problem, reads_pairs=is_compiled and importance is None and holds_pairs(value, layout))
     max_elements = find_max_elements(problem, value)
-    num_candidates = problem.num_scales or max(16, len(plan.fine)) * problem.num_signs
     max_groups = max(1, min(enlarge(MAX_TABLE, value.device) // num_candidates, max_elements // size))
     with torch.no_grad():
         tiles = cut_tiles(value, layout, max_groups, importance)

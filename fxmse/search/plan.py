@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxmse.formats.grids import Format
 
-__all__ = ["NUM_LAST", "OF_COUNTS", "OF_GROUPS", "Density", "Plan"]
+__all__ = ["NUM_LAST", "NUM_SHRUNK", "OF_COUNTS", "OF_GROUPS", "Density", "Plan"]
 
 # Of integer grids, in parts of the scale of the group's own range. Widths and spacings were chosen so that errors stay
 # within .4 % of the least for groups of 32 to 4096 normal, heavy-tailed, skewed and real values of 2 to 8 bits.
@@ -20,6 +20,7 @@ _WIDTH = 2.2  # and at least so many times 1 / sqrt(G)
 _MAX_WIDTH = 0.4
 _ABOVE = 1.13  # times 1 / sqrt(G): how far above the group's own range
 _MIN_FINE = 8
+NUM_SHRUNK = 20  # ranges of the reference, which are evaluated, too: 1, .99, ... of the group's own
 NUM_LAST = 9  # scales around the best, where its valley's bottom does not follow from moments
 
 
@@ -75,7 +76,7 @@ class Plan:
     @property
     def num_candidates(self) -> int:
         """How many are evaluated."""
-        return len(self.coarse) + len(self.middle) + 2 * len(self.fine) + NUM_LAST
+        return len(self.coarse) + NUM_SHRUNK + len(self.middle) + 2 * len(self.fine) + NUM_LAST
 
     @property
     def work(self) -> int:

@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fxmse.search.compiling import is_traced
+from fxmse.formats.tables import is_traced
 
 __all__ = ["AbsolutePower"]
 

@@ -27,13 +27,17 @@ from torch import Tensor
 from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout, enlarge
 from fxmse.search.compiling import MIN_COMPILED, pays_to_compile, reads_flags, run, unrolls
+from fxmse.search.near_ties import NearTies, settle
 from fxmse.search.options import SearchOptions
 from fxmse.search.patience import (
+    Improvements,
     allow_steps,
     choose_candidates,
     find_end,
     find_improvements,
     find_improvements_of_stored,
+    find_unsettled,
+    unpack_steps,
 )
 from fxmse.search.shrunk_ranges import ShrinkProblem, make_factors, sum_errors
 from fxmse.search.tiles import (
@@ -61,8 +65,7 @@ class _Scores(NamedTuple):
     """What is kept of a tile."""
 
     range: Range  # [Q], what the candidates are factors of
-    improved_QW: Tensor  # int32 bit sets: the steps at which a group's error fell
-    any_improved_C: Tensor  # bool: the steps at which any group's did
+    improved: Improvements  # the steps at which errors fell
     num_steps: int  # so many candidates were evaluated
 
 
@@ -185,34 +188,81 @@ def _search_tiles(
     tiles that stopped before are then evaluated again.
     """
     total = len(factors_C)
-    any_improved_C: Tensor | None = None
+    any_maybe_C: Tensor | None = None
     scores: dict[int, _Scores] = {}
     num_steps = total
     while True:
         for index, tile in enumerate(cut()):
             if index in scores and scores[index].num_steps >= num_steps:
                 continue
-            score = _score(problem, tile, factors_C, global_scale, any_improved_C, is_compiled)
+            score = _score(problem, tile, factors_C, global_scale, any_maybe_C, is_compiled)
             scores[index] = score
-            found_C = score.any_improved_C
-            any_improved_C = found_C if any_improved_C is None else any_improved_C | found_C
-        assert any_improved_C is not None
+            found_C = score.improved.any_maybe_C
+            any_maybe_C = found_C if any_maybe_C is None else any_maybe_C | found_C
+        assert any_maybe_C is not None
         num_steps = total
         if reads_flags(factors_C):
-            num_steps = find_end(any_improved_C.tolist(), problem.patience)
+            num_steps = find_end(any_maybe_C.tolist(), problem.patience)
         if all(score.num_steps >= num_steps for score in scores.values()):
             break
-    steps_W = allow_steps(any_improved_C, problem.patience, num_steps)
+    if reads_flags(factors_C):
+        num_steps = _settle_near_ties(problem, cut, factors_C, global_scale, scores, num_steps)
+    steps_W = allow_steps(any_maybe_C, problem.patience, num_steps)
     best = []
     for index in sorted(scores):
         score = scores.pop(index)  # frees it: of small groups there are many
-        is_large = len(score.improved_QW) >= MIN_COMPILED
-        best.append(
-            run(is_compiled and is_large, choose_candidates, None, score.improved_QW, steps_W, *score.range, factors_C)
-        )
+        words = score.improved.maybe_QW
+        is_large = len(words) >= MIN_COMPILED
+        best.append(run(is_compiled and is_large, choose_candidates, None, words, steps_W, *score.range, factors_C))
     if len(best) == 1:
         return best[0], num_steps
     return Range(torch.cat([part.min for part in best]), torch.cat([part.max for part in best])), num_steps
+
+
+def _settle_near_ties(
+    problem: ShrinkProblem,
+    cut: Callable[[], Iterator[Tile]],
+    factors_C: Tensor,
+    global_scale: Tensor | None,
+    scores: dict[int, _Scores],
+    num_steps: int,
+) -> int:
+    """Where patience ends the search; which candidate is least is settled in ``scores``."""
+
+    def replace_sets(find: Callable[[_Scores], Tensor], after_last: bool) -> None:
+        unsettled = {index: index_K for index, score in scores.items() if len(index_K := find(score))}
+        if not unsettled:
+            return
+        # Those of all tiles together: each call of an operation costs more than its few elements.
+        tiles = (tile for index, tile in enumerate(cut()) if index in unsettled)
+        ties = [
+            NearTies.of(tile, scores[index].range, scores[index].improved, index_K)
+            for tile, (index, index_K) in zip(tiles, sorted(unsettled.items()), strict=True)
+        ]
+        words = settle(problem, NearTies.join(ties), num_steps, factors_C, global_scale, after_last=after_last)
+        for index, words_KW in zip(sorted(unsettled), words.split([len(part.low_K) for part in ties]), strict=True):
+            improved = scores[index].improved
+            maybe_QW, sure_QW = (old.index_copy(0, unsettled[index], words_KW) for old in improved[:2])
+            any_sure_C = improved.any_sure_C
+            if not after_last:
+                any_sure_C = any_sure_C | unpack_steps(words_KW, len(factors_C)).any(1)
+            improved = improved._replace(maybe_QW=maybe_QW, sure_QW=sure_QW, any_sure_C=any_sure_C)
+            scores[index] = scores[index]._replace(improved=improved)
+
+    def find_sure_end() -> int:
+        any_sure_C = functools.reduce(torch.logical_or, (score.improved.any_sure_C for score in scores.values()))
+        return find_end(any_sure_C.tolist(), problem.patience)
+
+    if find_sure_end() < num_steps:
+        # The end itself depends on what may have improved.
+        def find_differing(score: _Scores) -> Tensor:
+            return (score.improved.maybe_QW != score.improved.sure_QW).any(1).nonzero()[:, 0]
+
+        replace_sets(find_differing, after_last=False)
+        num_steps = min(num_steps, find_sure_end())
+    steps_W = allow_steps(torch.ones(len(factors_C), dtype=torch.bool), problem.patience, num_steps)
+    replace_sets(lambda score: find_unsettled(score.improved, steps_W), after_last=True)
+    return num_steps
 
 
 def _score(
@@ -229,36 +279,32 @@ def _score(
     num_parts = count_parts(problem, values_OQPG, total) if problem.is_spread else 1
     if num_parts == 1 and (problem.is_spread or problem.num_scales):
         values_OQPG = as_readable(problem, values_OQPG)
-        own, improved_QW, found_C = run(
-            is_compiled, _score_at_once, problem, values_OQPG, factors_C, global_scale, weights_OQPG
-        )
-        return _Scores(own, improved_QW, found_C, total)
+        own, improved = run(is_compiled, _score_at_once, problem, values_OQPG, factors_C, global_scale, weights_OQPG)
+        return _Scores(own, improved, total)
     own = run(is_compiled, measure, None, values_OQPG)
     own = Range(own.min * problem.expand, own.max * problem.expand)
     sum_errors = functools.partial(_sum_in_parts, is_compiled, problem, values_OQPG, weights_OQPG, num_parts)
     if problem.num_scales:
         errors_KQ = sum_errors(factors_C, global_scale, own)
-        improved_QW, found_C = run(
-            is_compiled, find_improvements_of_stored, problem, errors_KQ, *own, factors_C, global_scale
-        )
-        return _Scores(own, improved_QW, found_C, total)
+        improved = run(is_compiled, find_improvements_of_stored, problem, errors_KQ, *own, factors_C, global_scale)
+        return _Scores(own, improved, total)
     if not reads_flags(factors_C):
-        improved_QW, found_C = run(is_compiled, find_improvements, None, sum_errors(factors_C, global_scale, own))
-        return _Scores(own, improved_QW, found_C, total)
+        improved = run(is_compiled, find_improvements, None, sum_errors(factors_C, global_scale, own))
+        return _Scores(own, improved, total)
     if any_improved_C is None:
         any_improved_C = torch.zeros(total, dtype=torch.bool, device=factors_C.device)
     errors_CQ = torch.full((total, len(own.min)), math.inf, device=factors_C.device)
-    num_steps, improved = 0, any_improved_C.tolist()
-    while num_steps < (end := find_end(improved, problem.patience)):
+    num_steps, any_improved = 0, any_improved_C.tolist()
+    while num_steps < (end := find_end(any_improved, problem.patience)):
         # While the last step improved no end is in sight: one more pass over the data is best spent on all the rest.
         # At least two steps at a time: torch.compile makes a graph of its own for one.
-        end = total if num_steps and improved[num_steps - 1] else min(max(end, num_steps + 2), total)
+        end = total if num_steps and any_improved[num_steps - 1] else min(max(end, num_steps + 2), total)
         start = max(0, min(num_steps, end - 2))
         errors_CQ[start:end] = sum_errors(factors_C[start:end], global_scale, own)
         num_steps = end
-        improved_QW, found_C = run(is_compiled, find_improvements, None, errors_CQ)
-        improved = (any_improved_C | found_C).tolist()
-    return _Scores(own, improved_QW, found_C, num_steps)
+        improved = run(is_compiled, find_improvements, None, errors_CQ)
+        any_improved = (any_improved_C | improved.any_maybe_C).tolist()
+    return _Scores(own, improved, num_steps)
 
 
 def _sum_in_parts(
@@ -286,11 +332,11 @@ def _score_at_once(
     factors_C: Tensor,
     global_scale: Tensor | None,
     weights_OQPG: Tensor | None,
-) -> tuple[Range, Tensor, Tensor]:
+) -> tuple[Range, Improvements]:
     """All of ``_score`` in one graph, where no candidate is left out: each call costs."""
     low_Q, high_Q = measure_pairs(problem, values_OQPG)
     own = Range(low_Q * problem.expand, high_Q * problem.expand)
     errors_CQ = sum_errors(problem, values_OQPG, factors_C, global_scale, *own, weights_OQPG)
     if problem.num_scales:
-        return own, *find_improvements_of_stored(problem, errors_CQ, *own, factors_C, global_scale)
-    return own, *find_improvements(None, errors_CQ)
+        return own, find_improvements_of_stored(problem, errors_CQ, *own, factors_C, global_scale)
+    return own, find_improvements(None, errors_CQ)

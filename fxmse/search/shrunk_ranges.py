@@ -13,7 +13,7 @@ from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout
 from fxmse.formats.scales import calculate_exact_scale, calculate_global_scale, calculate_scale_and_zero_point
 from fxmse.formats.stored_scales import count_stored_scales, list_stored_scales
-from fxmse.search.compiling import is_traced
+from fxmse.formats.tables import is_traced
 from fxmse.search.error_sums import sum_powers
 from fxmse.search.options import SearchOptions
 from fxmse.search.tiles import Arithmetic

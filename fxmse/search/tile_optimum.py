@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,29 +10,74 @@ from torch import Tensor
 from fxmse.formats.scales import calculate_exact_scale
 from fxmse.formats.stored_scales import list_stored_scales
 from fxmse.search.candidates import Candidates, OptimumProblem
-from fxmse.search.compiling import run
+from fxmse.search.compiling import reads_flags, run
 from fxmse.search.error_sums import sum_moments, sum_powers
 from fxmse.search.narrowing import PLACES, Found, Sum, Sums, narrow_down, report_ranges
 from fxmse.search.plan import Plan
+from fxmse.search.small_groups import Cells, search_small
 from fxmse.search.tiles import Range, Tile, as_readable, count_parts, cover_ranges, measure_pairs
 
 __all__ = ["search_spread", "search_tile"]
 
+_EXTREME = 2.0**100  # scales above it, and below its inverse, are looked at with a power of two
+_LARGEST_EXPONENT = 120
+
 
 def search_tile(
     problem: OptimumProblem,
-    plan: Plan,
+    plan: Plan | Cells,
     tile: Tile,
     global_scale: Tensor | None,
     is_compiled: bool,
     own: Range | None = None,
 ) -> Found:
     """The best of each group; ``own`` is the groups' range where it does not follow from the tile's values."""
+    found = _search_tile(problem, plan, tile, global_scale, is_compiled, own)
+    if own is not None or problem.format.is_mx or not reads_flags(found.base):
+        return found
+    scale_Q = found.base.abs()
+    extreme_Q = ((scale_Q < 1 / _EXTREME) | (scale_Q > _EXTREME)).nonzero()[:, 0]
+    return _search_extremes(problem, plan, tile, global_scale, found, extreme_Q) if len(extreme_Q) else found
+
+
+def _search_extremes(
+    problem: OptimumProblem, plan: Plan | Cells, tile: Tile, global_scale: Tensor | None, found: Found, index_E: Tensor
+) -> Found:
+    """What was found, with the groups at these indices searched again, each times a power of two.
+
+    Errors, reciprocals and ranges of very small or large scales are beyond float32. A global scale that takes the power
+    back has scales rounded as they are stored.
+    """
+    exponent_E = -found.base[index_E].abs().frexp().exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    factor_E = torch.ldexp(torch.ones_like(found.base[index_E]), exponent_E)
+    values_OEPG = tile.values_OQPG.flatten(1, -3)[:, index_E].float() * factor_E[:, None, None]
+    weights = tile.weights_OQPG
+    if weights is not None and weights.shape[1] > 1:
+        weights = weights[:, index_E]
+    problem = replace(problem, reads_pairs=False)
+    given = 1.0 if global_scale is None else global_scale.expand(len(found.base))[index_E]
+    again = _search_tile(problem, plan, Tile(values_OEPG, weights), given / factor_E, False, None)
+    largest = torch.finfo(torch.float32).max
+    parts = [(part / factor_E).clamp(-largest, largest) for part in (again.min, again.max)]
+    parts += [again.error, again.base / factor_E]
+    return Found(*(old.index_copy(0, index_E, new) for old, new in zip(found, parts, strict=True)))
+
+
+def _search_tile(
+    problem: OptimumProblem,
+    plan: Plan | Cells,
+    tile: Tile,
+    global_scale: Tensor | None,
+    is_compiled: bool,
+    own: Range | None,
+) -> Found:
     values_OQPG, weights_OQPG = tile
     num_groups = values_OQPG.shape[1:-2].numel()
     if global_scale is not None:
         # One for each group, so that one graph does for one and for several.
         global_scale = global_scale.expand(num_groups).contiguous()
+    if isinstance(plan, Cells):
+        return search_small(problem, plan, tile, global_scale, is_compiled)
     if not problem.num_scales and (own is not None or num_groups == 1):
         return search_spread(problem, plan, tile, global_scale, is_compiled, own)
     readable = as_readable(problem, values_OQPG)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fxmse.formats.grids import Format
 from fxmse.formats.layout import MAX_ELEMENTS, Layout, enlarge
-from fxmse.search.compiling import is_traced, run
+from fxmse.formats.tables import is_traced
+from fxmse.search.compiling import run
 from fxmse.search.power import AbsolutePower
 
 __all__ = [
