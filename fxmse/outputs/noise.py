@@ -10,6 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from fxmse.formats.layout import Layout, enlarge
+from fxmse.formats.scales import cast
 from fxmse.observers.base import Observer
 from fxmse.observers.states import State
 from fxmse.ops import FAKE_QUANTIZE
@@ -157,7 +158,7 @@ def _measure_tile(
 def _quantize(problem: _Problem, values_OQPG: Tensor, *qparams: Tensor | None) -> Tensor:
     # Of any value that the scale broadcasts to, a channel is the strategy.
     quantized = FAKE_QUANTIZE(values_OQPG, *qparams, problem.num_bits, problem.type, "channel")
-    return quantized.to(values_OQPG.dtype) if problem.keeps_dtype else quantized
+    return cast(quantized, values_OQPG.dtype) if problem.keeps_dtype else quantized
 
 
 def find_scale(observer: Observer) -> Tensor:
