@@ -91,6 +91,7 @@ def make_models(folder: Path, calibration: Batches) -> dict[str, Path]:
             prepared,
             paths[name],
             Reader(calibration),
+            op_types_to_quantize=["MatMul", "Gemm"] if nodes else None,
             nodes_to_quantize=nodes,
             per_channel=True,
             activation_type=QuantType.QUInt8,
