@@ -3,8 +3,8 @@
     python benchmarks/deploy.py [--batches 16] [--length 128] [--runs 7]
 
 Batches of 16 sentences, padded to one length; medians. "fxmse" is the example's graph after ``LowerToQDQ``, "PT2E"
-torchao's (X86InductorQuantizer, by histograms or by fxmse's ``exact_mse``); all are compiled with freezing, as the float
-model is. The cosine is that of the sentence embeddings to the float model's. Needs the benchmarks extra.
+torchao's (X86InductorQuantizer, by histograms or by fxmse's ``exact_mse``); all are compiled with freezing, as the
+float model is. The cosine is that of the sentence embeddings to the float model's. Needs the benchmarks extra.
 """
 
 import argparse
