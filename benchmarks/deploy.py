@@ -3,8 +3,8 @@
     python benchmarks/deploy.py [--batches 16] [--length 128] [--runs 7]
 
 Batches of 16 sentences, padded to one length; medians. "fxmse" is the example's graph after ``LowerToQDQ``, "PT2E"
-torchao's (X86InductorQuantizer, histograms); both are compiled with freezing, as the float model is. The cosine is that
-of the sentence embeddings to the float model's. Needs the benchmarks extra.
+torchao's (X86InductorQuantizer, by histograms or by fxmse's ``exact_mse``); all are compiled with freezing, as the
+float model is. The cosine is that of the sentence embeddings to the float model's. Needs the benchmarks extra.
 """
 
 import argparse
@@ -38,12 +38,17 @@ def make_fxmse(program: ExportedProgram, batches: Batches) -> GraphModule:
     return quantized
 
 
-def make_pt2e(program: ExportedProgram, batches: Batches) -> GraphModule:
-    """PT2E's."""
+def make_pt2e(program: ExportedProgram, batches: Batches, observer: str | None = None) -> GraphModule:
+    """PT2E's, with its own observers or with one of fxmse's."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    config = x86.get_default_x86_inductor_quantization_config()
+    if observer:
+        from fxmse.pt2e import use_observer
+
+        config = use_observer(config, observer)
+    quantizer = x86.X86InductorQuantizer().set_global(config)
     prepared = prepare_pt2e(program.module(), quantizer)
     for batch in batches:
         prepared(**batch)
@@ -54,6 +59,7 @@ MODELS: dict[str, Callable[[ExportedProgram, Batches], GraphModule]] = {
     "float": lambda program, _: program.module(),
     "fxmse": make_fxmse,
     "PT2E": make_pt2e,
+    "PT2E, exact_mse": lambda program, batches: make_pt2e(program, batches, "exact_mse"),
 }
 
 

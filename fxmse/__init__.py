@@ -4,6 +4,7 @@ from fxmse.calibration.backend import Calibration
 from fxmse.inputs.qparams import load_qparams
 from fxmse.outputs.checkpoint import save_pretrained
 from fxmse.outputs.exporting import export
+from fxmse.outputs.onnx import export_onnx
 from fxmse.outputs.report_html import write_report
 from fxmse.outputs.reporting import report
 from fxmse.pipeline import calibrate, convert, prepare, quantize
@@ -17,6 +18,7 @@ __all__ = [
     "compilation",
     "convert",
     "export",
+    "export_onnx",
     "load_qparams",
     "prepare",
     "quantize",

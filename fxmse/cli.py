@@ -25,12 +25,14 @@ from torch.utils._pytree import tree_map_only
 from fxmse.config import Config, name_weight_observer, resolve_config
 from fxmse.inputs.data import Choice, check_batches, find_batch_size, order_inputs, read_batches, take_inputs
 from fxmse.inputs.models import Source, load_source
+from fxmse.inputs.onnx import read_metadata
 from fxmse.inputs.programs import load_program
 from fxmse.inputs.weights import load_skeleton
 from fxmse.outputs.checkpoint import check_replaceable, check_saveable, find_tied, save_pretrained
 from fxmse.outputs.documents import make_document
 from fxmse.outputs.exporting import export, save_program
 from fxmse.outputs.files import check_apart, check_place, replace_file
+from fxmse.outputs.onnx import check_onnx, export_onnx
 from fxmse.outputs.report_html import PAGE_SUFFIXES, check_page, read_document, render_json, render_page
 from fxmse.outputs.reporting import SiteReport, describe_format, report
 from fxmse.outputs.space import check_space, estimate_checkpoint, estimate_program
@@ -56,6 +58,7 @@ _EXAMPLES = """examples:
   fxmse quantize model.pt2 --scheme W8A8 --data batches.safetensors --out quantized.pt2
   fxmse quantize ./llama --scheme W4A16 --ignore lm_head --data texts.jsonl --out ./llama-w4a16
   fxmse quantize ./vit --scheme config.yaml --data ./images --out vit.pt2 --decompose
+  fxmse quantize ./llama --scheme W4A16 --ignore lm_head --out llama.onnx
   fxmse plan ./llama --scheme NVFP4
   fxmse inspect quantized.pt2
   fxmse schemes --json
@@ -156,7 +159,9 @@ def _make_parser() -> argparse.ArgumentParser:
         help="have the biases of layers make up for what the quantization of weights moves the means of outputs by; "
         "needs --data",
     )
-    command.add_argument("--out", type=Path, required=True, help="a .pt2, or a folder: a compressed-tensors checkpoint")
+    command.add_argument(
+        "--out", type=Path, required=True, help="a .pt2, a .onnx, or a folder: a compressed-tensors checkpoint"
+    )
     command.add_argument(
         "--batch-size", type=_positive, metavar="N", help="samples a batch (default: 8, or what a .pt2 is for)"
     )
@@ -204,7 +209,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command.set_defaults(observer=None, observer_kwargs=None)
     _add_trust(command)
     command = add("inspect", _inspect, "print what was quantized how, and how well, in what fxmse quantize wrote")
-    command.add_argument("out", type=Path, metavar="OUT", help="a .pt2, a checkpoint's folder, or a report")
+    command.add_argument("out", type=Path, metavar="OUT", help="a .pt2, a .onnx, a checkpoint's folder, or a report")
     command.add_argument("--all", action="store_true", help="every value; otherwise the worst ones")
     add("schemes", _list_schemes, "list the presets")
     return parser
@@ -246,7 +251,7 @@ def _quantize(options: argparse.Namespace) -> None:
         device=options.device,
         trust_remote_code=options.trust_remote_code,
     )
-    if not _is_program(options.out):
+    if not _is_file(options.out):
         config = _ignore_tied(config, source.model)
     batches = [_move(batch, options.device) for batch in _read_batches(options, source)]
     example = batches[0] if batches else _move(source.make_example(), options.device)
@@ -259,7 +264,10 @@ def _quantize(options: argparse.Namespace) -> None:
     summary = document if options.report != "html" else _leave_pictures_out(document)
     extra_files = {REPORT_FILE: render_json(summary)}
     page = render_page(document) if options.report in ("html", "full") else None
-    if _is_program(options.out):
+    if _is_onnx(options.out):
+        opset = export_onnx(quantized, example, options.out, metadata=extra_files)
+        print(f"fxmse: {options.out} is in opset {opset}", file=sys.stderr)
+    elif _is_program(options.out):
         program = export(quantized, example, decompose=options.decompose)
         program = move_to_device_pass(program, "cpu") if options.device else program
         save_program(program, options.out, extra_files)
@@ -297,7 +305,7 @@ def _find_page(out: Path) -> Path:
 
 def _is_streamed(options: argparse.Namespace) -> bool:
     """Whether a model goes from folder to folder part by part: but for what needs all of it in memory."""
-    return not _is_program(options.out) and options.report not in _PICTURED
+    return not _is_file(options.out) and options.report not in _PICTURED
 
 
 def _stream(options: argparse.Namespace, config: QuantizationConfig, start: float) -> None:
@@ -389,6 +397,8 @@ def _check_output(options: argparse.Namespace, observed: GraphModule, source: So
     """Raises ValueError for what would fail when all is done."""
     if _is_program(options.out):
         check_space(options.out, estimate_program(observed))
+    elif _is_onnx(options.out):
+        check_space(options.out, estimate_checkpoint(observed, observed))
     else:
         check_saveable(observed, source.model)
         check_space(options.out, estimate_checkpoint(observed, source.model))
@@ -415,14 +425,28 @@ def _is_program(path: Path) -> bool:
     return path.suffix == ".pt2"
 
 
+def _is_onnx(path: Path) -> bool:
+    return path.suffix == ".onnx"
+
+
+def _is_file(path: Path) -> bool:
+    return _is_program(path) or _is_onnx(path)
+
+
 def _check_paths(options: argparse.Namespace) -> None:
     """Raises ValueError for what would fail only after the calibration."""
-    is_program = _is_program(options.out)
-    if not is_program and options.model.suffix == ".pt2":
-        raise ValueError(f"--out {options.out}: a checkpoint needs a Hugging Face folder as MODEL; give a .pt2")
-    if options.decompose and not is_program:
-        raise ValueError(f"--decompose is for a .pt2, and --out {options.out} is a folder")
-    if is_program:
+    is_file = _is_file(options.out)
+    if not is_file and options.model.suffix == ".pt2":
+        raise ValueError(
+            f"--out {options.out}: a checkpoint needs a Hugging Face folder as MODEL; give a .pt2 or .onnx"
+        )
+    if options.decompose and not _is_program(options.out):
+        raise ValueError(
+            f"--decompose is for a .pt2, and --out {options.out} is {'no such' if is_file else 'a folder'}"
+        )
+    if _is_onnx(options.out):
+        check_onnx(options.out)
+    if is_file:
         check_place(options.out, is_folder=False)
         check_apart(options.out, options.model)
         if options.report in ("html", "full"):
@@ -431,7 +455,7 @@ def _check_paths(options: argparse.Namespace) -> None:
         check_replaceable(options.out, options.model)
     if options.propagate != "float" and not _is_streamed(options):
         raise ValueError(
-            "--propagate is for a folder that is written part by part: no .pt2, no --device, and a --report of none or "
+            "--propagate is for a folder that is written part by part: no .pt2 or .onnx, and a --report of none or "
             "summary"
         )
     if options.bias_correction and options.data is None:
@@ -482,12 +506,14 @@ def _inspect(options: argparse.Namespace) -> None:
         content = read_document(read_text(options.out), options.out)
     elif options.out.suffix == ".json":
         content = read_text(options.out)
+    elif _is_onnx(options.out):
+        content = read_metadata(options.out).get(REPORT_FILE)
     else:
         file = options.out / REPORT_FILE
         check_link(file, options.out)
         content = read_text(file) if file.exists() else None
     if content is None:
-        raise ValueError(f"{options.out} has no report: expected a .pt2 or a folder that fxmse quantize wrote")
+        raise ValueError(f"{options.out} has no report: expected a .pt2, a .onnx or a folder that fxmse quantize wrote")
     _print(_format(_parse_report(content, options.out), options.json, show_all=options.all))
 
 

@@ -41,6 +41,8 @@ The passes:
 - ``decompose_attention``: fused attention becomes the products that it is made of.
 - ``insert_observers``: probes on the values that a config wants quantized.
 - ``fold_fake_quant``: probes become fake-quantize nodes.
+- ``lowering``: what those that follow do alike.
+- ``lower_to_linear``: they become linear quantize and dequantize nodes, as ONNX has them.
 - ``move_to_device``: a graph computes on another device.
 - ``int8_patterns``: Inductor's patterns for the next one.
 - ``lower_to_qdq``: int8 fake-quantize nodes become pairs for Inductor's kernels.
@@ -53,6 +55,7 @@ from fxmse.passes.fold_fake_quant import FoldFakeQuant
 from fxmse.passes.functionalize_modules import FunctionalizeModules
 from fxmse.passes.inline_regions import InlineRegions
 from fxmse.passes.insert_observers import InsertObservers
+from fxmse.passes.lower_to_linear import LowerToLinear
 from fxmse.passes.lower_to_qdq import LowerToQDQ
 from fxmse.passes.move_to_device import MoveToDevice
 from fxmse.passes.open_regions import OpenRegions
@@ -65,6 +68,7 @@ __all__ = [
     "FunctionalizeModules",
     "InlineRegions",
     "InsertObservers",
+    "LowerToLinear",
     "LowerToQDQ",
     "MoveToDevice",
     "OpenRegions",

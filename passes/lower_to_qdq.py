@@ -14,8 +14,8 @@ from torch.fx import GraphModule, Node
 from fxmse.capture.attributes import get_attribute, list_graphs
 from fxmse.ops import FAKE_QUANTIZE, is_fake_quantize
 from fxmse.passes.base import GraphPass
-from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.int8_patterns import register_int8_patterns
+from fxmse.passes.lowering import add_buffer, erase_unread, get_meta, get_name
 from fxmse.passes.op_names import get_op_name
 
 __all__ = ["LowerToQDQ"]
@@ -71,16 +71,12 @@ class LowerToQDQ(GraphPass):
         for node in lowered:
             (_lower_weight if _is_weight(node) else _lower_activation)(graph_module, node)
         # Rule 4.
-        left = [f"{_get_name(node)} ({reason})" for node, reason in reasons.items() if reason]
+        left = [f"{get_name(node)} ({reason})" for node, reason in reasons.items() if reason]
         inner = (node for graph in list_graphs(graph_module) for node in graph.graph.nodes if node not in reasons)
-        left += [f"{_get_name(node)} (in a branch or loop)" for node in inner if is_fake_quantize(node)]
+        left += [f"{get_name(node)} (in a branch or loop)" for node in inner if is_fake_quantize(node)]
         if left:
             warnings.warn(f"not lowered to int8, still fake-quantized: {'; '.join(left)}", UserWarning, stacklevel=3)
         return bool(lowered)
-
-
-def _get_name(node: Node) -> str:
-    return ", ".join(node.meta.get(SITES_KEY, (node.name,)))
 
 
 def _find_reason(graph_module: GraphModule, node: Node) -> str:
@@ -94,7 +90,7 @@ def _find_reason(graph_module: GraphModule, node: Node) -> str:
     if dtype not in _DTYPES:
         return f"{dtype}"
     if not _is_weight(node):
-        if _get_name(node).endswith("weight"):
+        if get_name(node).endswith("weight"):
             return "a weight that is computed in the graph"
         return "" if (num_bits, strategy) == (8, "tensor") else f"activation of {type}{num_bits} {strategy}"
     if zero_point is not None:
@@ -171,28 +167,23 @@ def _lower_activation(graph_module: GraphModule, node: Node) -> None:
     qparams = (scale_tensor.item(), shift + _UINT8_SHIFT, 0, 255, torch.uint8)
     with graph.inserting_before(node):
         quantized = graph.call_function(ops.quantize_per_tensor.default, (x, *qparams))
-        quantized.meta = _get_meta(node)
+        quantized.meta = get_meta(node)
     for user in list(node.users):
         with graph.inserting_before(user):
             dequantized = graph.call_function(ops.dequantize_per_tensor.default, (quantized, *qparams))
             dequantized = _cast(dequantized, node, scale_tensor.dtype)
         user.replace_input_with(node, dequantized)
     graph.erase_node(node)
-    _erase_unread(graph_module, scale, zero_point)
-
-
-def _get_meta(node: Node) -> dict[str, Any]:
-    """What of a node's meta is true of whatever takes its place."""
-    return {key: value for key, value in node.meta.items() if key not in ("val", "tensor_meta", "example_value")}
+    erase_unread(graph_module, scale, zero_point)
 
 
 def _cast(dequantized: Node, node: Node, dtype: torch.dtype) -> Node:
     """Rule 3."""
-    dequantized.meta = _get_meta(node)
+    dequantized.meta = get_meta(node)
     if dtype == torch.float32:
         return dequantized
     cast = dequantized.graph.call_method("to", (dequantized, dtype))
-    cast.meta = _get_meta(node)
+    cast.meta = get_meta(node)
     return cast
 
 
@@ -216,14 +207,14 @@ def _lower_weight(graph_module: GraphModule, node: Node) -> None:
     }
     limit = 2 ** (num_bits - 1)
     with graph.inserting_before(node):
-        inputs = [_add_buffer(graph_module, name, tensor) for name, tensor in tensors.items()]
+        inputs = [add_buffer(graph_module, name, tensor) for name, tensor in tensors.items()]
         dequantize = torch.ops.quantized_decomposed.dequantize_per_channel.default
         dequantized = graph.call_function(dequantize, (*inputs, 0, -limit, limit - 1, torch.int8))
         dequantized = _cast(dequantized, node, scale.dtype)
     last.replace_all_uses_with(dequantized)
     for replaced in (*reversed(views), node):
         graph.erase_node(replaced)
-    _erase_unread(graph_module, rows_node, scale_node)
+    erase_unread(graph_module, rows_node, scale_node)
 
 
 def _list_reshapes(node: Node, num_channels: int) -> list[Node]:
@@ -232,21 +223,3 @@ def _list_reshapes(node: Node, num_channels: int) -> list[Node]:
     if len(users) != 1 or users[0].target is not torch.reshape or users[0].args[1][0] != num_channels:  # type: ignore[index]
         return []
     return [users[0], *_list_reshapes(users[0], num_channels)]
-
-
-def _add_buffer(graph_module: GraphModule, target: str, tensor: Tensor) -> Node:
-    path, _, name = target.rpartition(".")
-    graph_module.get_submodule(path).register_buffer(name, tensor)
-    return graph_module.graph.get_attr(target)
-
-
-def _erase_unread(graph_module: GraphModule, *nodes: Any) -> None:
-    """Removes nodes that nothing reads any more, the views before them, and the tensors they were of."""
-    for node in nodes:
-        while isinstance(node, Node) and not node.users:
-            before = node.args[0] if node.args else None
-            graph_module.graph.erase_node(node)
-            if node.op == "get_attr" and not graph_module.graph.find_nodes(op="get_attr", target=node.target):
-                path, _, name = str(node.target).rpartition(".")
-                delattr(graph_module.get_submodule(path), name)
-            node = before

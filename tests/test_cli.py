@@ -94,6 +94,30 @@ def test_a_decomposed_program_needs_no_data_for_weights(folder, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
+    ("scheme", "opset", "form"), [("W8A8", 20, "int8 symmetric channel"), ("NVFP4A16", 23, "float4")]
+)
+def test_a_program_to_an_onnx_model(folder, tmp_path, capsys, scheme, opset, form):
+    out = tmp_path / "out.onnx"
+    assert run("quantize", folder / "mlp.pt2", "--scheme", scheme, "--data", folder / "batches.pt", "--out", out) == 0
+    printed = capsys.readouterr()
+    assert f"{out} is in opset {opset}" in printed.err
+    assert form in printed.out
+    assert run("inspect", out) == 0
+    assert capsys.readouterr().out == printed.out
+
+
+def test_an_onnx_model_is_refused_before_the_search(folder, tmp_path, capsys):
+    arguments = ["quantize", folder / "mlp.pt2", "--scheme", "W8A8", "--data", folder / "batches.pt", "--out"]
+    assert run(*arguments, tmp_path / "missing" / "out.onnx") == 1
+    assert "is no folder that can be written" in capsys.readouterr().err
+    assert run(*arguments, tmp_path / "out.onnx", "--decompose") == 1
+    assert "--decompose is for a .pt2" in capsys.readouterr().err
+    (tmp_path / "text.onnx").write_text("no model")
+    assert run("inspect", tmp_path / "text.onnx") == 1
+    assert "text.onnx cannot be read as an ONNX model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("observer", "data", "expected"),
     [("auto", True, "output_mse"), ("auto", False, "exact_mse"), ("memoryless_mse", True, "memoryless_mse")],
 )

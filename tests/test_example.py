@@ -99,6 +99,7 @@ def test_the_language_example_runs(tmp_path, monkeypatch, capsys):
         ("int8_kernels", 0.98),
         ("save_checkpoint", 0.9999),
         ("export_program", 0.999),
+        ("export_onnx", 0.998),
         ("calibrate_by_compiling", 0.98),
         ("distributed", 0.98),
     ],

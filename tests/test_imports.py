@@ -22,7 +22,7 @@ FLOORS = (
     ("calibration",),
     ("pipeline",),
     ("inputs", "outputs"),
-    ("streaming",),
+    ("streaming", "llmcompressor", "pt2e"),
     ("",),  # fxmse itself, which is the public surface
     ("cli",),
 )

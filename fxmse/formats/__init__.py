@@ -5,4 +5,5 @@
 - ``scales``: the scale and zero point that put a range on a grid, and the way back.
 - ``stored_scales``: the few scales of NVFP4 and MX.
 - ``layout``: strategies (tensor, channel, group, block, ...): a value becomes tiles of groups.
+- ``linear``: linear quantization as ONNX has it: types of codes, and scales along one axis.
 """

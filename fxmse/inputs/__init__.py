@@ -8,6 +8,7 @@
 - ``folders``: checkpoints' folders, from which nothing leads elsewhere.
 - ``models``: Hugging Face folders and .pt2 files.
 - ``weights``: Hugging Face models without their weights, which are read when they are asked for.
+- ``onnx``: what ONNX models say of themselves.
 - ``data``: calibration data: tensors, texts, images.
 - ``qparams``: the qparams of a compressed-tensors checkpoint.
 """

@@ -3,6 +3,7 @@
 - ``workplaces``: where they are written, and what a killed run left there.
 - ``files``: files and folders that are there whole or not at all.
 - ``exporting``: torch.export programs.
+- ``onnx``: ONNX models.
 - ``experts``: experts' parameters as a linear each.
 - ``space``: how large what is written will be, and whether there is room for it.
 - ``checkpoint``: compressed-tensors checkpoints.
