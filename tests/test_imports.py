@@ -21,6 +21,7 @@ FLOORS = (
     ("passes",),
     ("calibration",),
     ("pipeline",),
+    ("analysis",),
     ("inputs", "outputs"),
     ("streaming",),
     ("",),  # fxmse itself, which is the public surface
