@@ -60,7 +60,7 @@ class SchemeChoice:
 
 def choose_schemes(
     model: nn.Module | ExportedProgram,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Candidate] | Mapping[str, Candidate],
     budget: float,
     batches: Iterable[Any] = (),
     *,
@@ -81,7 +81,7 @@ def choose_schemes(
 
     Args:
         model: as for :func:`fxmse.analyze`.
-        candidates: presets' names, schemes, and None for modules that may stay in float.
+        candidates: presets' names, schemes, and None for modules that may stay in float; or these by names of your own.
         budget: in ``unit``, for all modules that are targeted and that a candidate fits.
         batches: as for :func:`fxmse.analyze`; not needed with an ``analysis``.
         unit: "bits" a weight, with their scales and zero points, or "bytes" of all weights, both as a checkpoint has
@@ -104,13 +104,14 @@ def choose_schemes(
     schemes = _make_schemes(candidates, targets)
     _check_numbers(budget, unit, num_points, costs is not None)
     configs = {
-        name: QuantizationConfig(config_groups={name: scheme}, ignore=[*ignore]) for name, scheme in schemes.items()
+        name: QuantizationConfig(config_groups={name: scheme}, ignore=[*ignore])
+        for name, scheme in schemes.items()
+        if scheme
     }
     if analysis is None:
         analysis = analyze_candidates(model, configs, batches, AnalysisOptions(**options))
-    _check_analysis(analysis, list(schemes))
-    names = [*schemes, *([FLOAT] if None in candidates else [])]
-    table = _Table.of(analysis, names, unit, costs)
+    _check_analysis(analysis, list(configs))
+    table = _Table.of(analysis, list(schemes), unit, costs)
     found = table.solve(budget, seconds)
     chosen = {
         module: own[place]
@@ -137,23 +138,27 @@ def _check_scipy() -> None:
         raise ImportError("choose_schemes needs scipy, which solves its program: pip install 'fxmse[mixed]'") from None
 
 
-def _make_schemes(candidates: Sequence[Candidate], targets: Sequence[str]) -> dict[str, QuantizationScheme]:
+def _make_schemes(
+    candidates: Sequence[Candidate] | Mapping[str, Candidate], targets: Sequence[str]
+) -> dict[str, QuantizationScheme | None]:
     """The schemes by their names, with the targets; raises ValueError for what is none, or for two that are one."""
-    if isinstance(candidates, str | Mapping | QuantizationScheme):
+    if isinstance(candidates, str | QuantizationScheme):
         raise ValueError(f"candidates is one {type(candidates).__name__}: expected a list of candidates")
-    quantized = [candidate for candidate in candidates if candidate is not None]
+    given = candidates if isinstance(candidates, Mapping) else {}
+    values = list(given.values() if given else candidates)
+    names: list[str | None] = list(given) or [own if isinstance(own, str) else None for own in values]
+    quantized = [(name, own) for name, own in zip(names, values, strict=True) if own is not None]
     if not quantized:
         raise ValueError("candidates have no format: expected a preset or a scheme beside None, which is float")
-    if len(candidates) - len(quantized) > 1:
+    if len(values) - len(quantized) > 1:
         raise ValueError("candidates have None twice")
-    resolved = [_retarget(candidate, targets) for candidate in quantized]
-    named = name_candidates(resolved, [own if isinstance(own, str) else None for own in quantized])
-    schemes = {}
-    for name, config in named.items():
+    resolved = [_retarget(own, targets) for _, own in quantized]
+    schemes: dict[str, QuantizationScheme | None] = {}
+    for name, config in name_candidates(resolved, [name for name, _ in quantized]).items():
         (scheme,) = config.config_groups.values()
         _check_storable(name, scheme)
         schemes[name] = scheme
-    return schemes
+    return schemes | ({FLOAT: None} if len(values) > len(quantized) else {})
 
 
 def _retarget(candidate: Candidate, targets: Sequence[str]) -> QuantizationConfig:
@@ -276,13 +281,13 @@ def _look_up(costs: Mapping[str, Mapping[str, float]], group: LayerGroup, name: 
 
 
 def _make_config(
-    schemes: Mapping[str, QuantizationScheme], chosen: Mapping[str, str], ignore: Sequence[str]
+    schemes: Mapping[str, QuantizationScheme | None], chosen: Mapping[str, str], ignore: Sequence[str]
 ) -> QuantizationConfig:
     """Targets are modules' names; those that stay in float are among what is ignored, as runtimes want it."""
-    by_name = {name: [module for module, own in chosen.items() if own == name] for name in (*schemes, FLOAT)}
+    modules = {name: [module for module, own in chosen.items() if own == name] for name in schemes}
     groups = {
-        name: scheme.model_copy(update={"targets": by_name[name]}, deep=True)
+        name: scheme.model_copy(update={"targets": modules[name]}, deep=True)
         for name, scheme in schemes.items()
-        if by_name[name]
+        if scheme and modules[name]
     }
-    return QuantizationConfig(config_groups=groups, ignore=[*ignore, *by_name[FLOAT]])
+    return QuantizationConfig(config_groups=groups, ignore=[*ignore, *modules.get(FLOAT, [])])

@@ -64,12 +64,13 @@ class Meter(nn.Module):
             return self.quantize(value).to(value.dtype)
         if not self.is_recording:
             return value
-        if not value.requires_grad:
+        if value.requires_grad:
+            # Another tensor, whose gradient is not that of the value's other readers.
+            value = value.clone() if self.is_written else value.view_as(value)
+        else:
             # Of a weight this keeps gradients away from the model's parameters.
             is_own = self.is_written or value.is_inference()
             value = (value.clone() if is_own else value.detach()).requires_grad_()
-        elif self.is_written:
-            value = value.clone()
         self.recorded.append((value, value.detach().clone() if self.is_written else value.detach()))
         return value
 
@@ -84,21 +85,28 @@ class Meter(nn.Module):
             gradients: by the identity of what has them; None where the outputs do not depend on it.
         """
         recorded, self.recorded = self.recorded, []
-        found = [(value, gradients[id(leaf)]) for leaf, value in recorded]
-        if self.is_weight and found:
-            # A weight that is read several times is quantized once.
-            own = [gradient for _, gradient in found if gradient is not None]
-            found = [(found[0][0], functools.reduce(torch.add, own) if own else None)]
-        for value, gradient in found:
-            quantized = self.quantize(value)
-            if not self.is_weight or not self.value_error.size:
-                self.value_error = self.value_error.plus(compare(value, quantized))
-                self.num_elements = value.numel() if self.is_weight else 0
-            if gradient is not None:
-                changes = gradient.float() * (quantized.float() - value.float())
-                rows = changes.sum(-1) if changes.dim() else changes
-                self.change += rows.double().square().sum().item()
-        return any(gradient is not None for _, gradient in found)
+        # A value that several readers get in several ways, and a weight however often it is read, is quantized once.
+        values: dict[object, Tensor] = {}
+        found: dict[object, Tensor | None] = {}
+        for leaf, value in recorded:
+            key = None if self.is_weight else (value.data_ptr(), value.shape, value.stride())
+            values.setdefault(key, value)
+            sums = [part for part in (found.get(key), gradients[id(leaf)]) if part is not None]
+            found[key] = functools.reduce(torch.add, sums) if sums else None
+        for key, value in values.items():
+            self._add(value, found[key])
+        return any(gradient is not None for gradient in found.values())
+
+    def _add(self, value: Tensor, gradient: Tensor | None) -> None:
+        quantized = self.quantize(value)
+        if not self.is_weight or not self.value_error.size:
+            self.value_error = self.value_error.plus(compare(value, quantized))
+            self.num_elements = value.numel() if self.is_weight else 0
+        if gradient is not None:
+            wide = torch.promote_types(value.dtype, torch.float32)
+            changes = gradient.to(wide) * (quantized.to(wide) - value.to(wide))
+            rows = changes.sum(-1) if changes.dim() else changes
+            self.change += rows.double().square().sum().item()
 
 
 class Replay(nn.Module):

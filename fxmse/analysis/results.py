@@ -21,7 +21,8 @@ class SiteError:
         candidate: whose format.
         format: in words.
         num_elements: of a weight; of other values 0.
-        value_error: sum of squared errors over sum of squares, of the value.
+        squared_error: the sum of squared errors of the value; of all batches, where it is no weight.
+        value_error: that over the sum of its squares.
         output_error: the same of what its op computes, over the first batch; NaN where that cannot be run again.
         model_error: what the model's output changes by, in the analysis' unit, as its gradient has it.
         exact_error: the same, measured with this value alone quantized; None where that was not asked for.
@@ -34,6 +35,7 @@ class SiteError:
     candidate: str
     format: str
     num_elements: int
+    squared_error: float
     value_error: float
     output_error: float
     model_error: float

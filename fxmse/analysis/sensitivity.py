@@ -15,9 +15,9 @@ from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
 from fxmse.analysis.candidates import fit, name_candidates
-from fxmse.analysis.divergences import Divergence, Drawn, Sums, check_divergence, make_divergence
+from fxmse.analysis.divergences import Drawn, Sums, check_divergence, make_divergence
 from fxmse.analysis.layers import find_groups
-from fxmse.analysis.meters import Instruments, Meter, instrument
+from fxmse.analysis.meters import Meter, instrument
 from fxmse.analysis.results import Analysis, DepthError, SiteError
 from fxmse.calibration.buffers import own_buffers
 from fxmse.calibration.observing import check_batches
@@ -29,7 +29,7 @@ from fxmse.passes.probe import check_unobserved
 from fxmse.passes.stand_ins import find_module
 from fxmse.pipeline import calibrate
 
-__all__ = ["AnalysisOptions", "analyze", "analyze_candidates"]
+__all__ = ["AnalysisOptions", "Runs", "analyze", "analyze_candidates", "prepare_runs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,36 +106,44 @@ def analyze_candidates(
     options: AnalysisOptions,
 ) -> Analysis:
     """:func:`analyze` of configs by their names."""
+    clock = _Clock()
+    runs = prepare_runs(model, candidates, batches, options)
+    clock.note("calibration")
+    totals, depth = runs.measure_depth()
+    clock.note("depth")
+    errors = runs.measure_gradients()
+    clock.note("gradients")
+    exact_errors = {}
+    if options.exact:
+        exact_errors = runs.measure_each(clock.seconds["depth"])
+        clock.note("exact")
+    sites = tuple(runs.describe(meter, errors[meter], exact_errors.get(meter)) for meter in runs.meters)
+    num_batches = len(runs.batches)
+    return Analysis(runs.divergence.unit, runs.names, sites, depth, totals, runs.groups, num_batches, clock.seconds)
+
+
+def prepare_runs(
+    model: nn.Module | ExportedProgram,
+    candidates: dict[str, QuantizationConfig],
+    batches: Iterable[Any],
+    options: AnalysisOptions,
+) -> "Runs":
+    """A model's graph, calibrated for all candidates, with all that measures in it."""
     check_unobserved(model)
     check_batches(batches)
     batches = list(batches)
     if not batches:
         raise ValueError("no batches: what a format costs the model is seen with data alone")
-    clock = _Clock()
     observed = capture(model, batches[0], options.dynamic_shapes)
     configs, refused = fit(observed, candidates)
     if refused:
         left = "; ".join(f"{name} without {modules}" for name, modules in refused.items())
-        warnings.warn(f"candidates that do not fit all modules: {left}", UserWarning, stacklevel=3)
+        warnings.warn(f"candidates that do not fit all modules: {left}", UserWarning, stacklevel=4)
     first, *others = configs.values()
-    InsertObservers(first, moe_calibrate_all_experts=options.moe_calibrate_all_experts, others=tuple(others))(observed)
+    insert = InsertObservers(first, moe_calibrate_all_experts=options.moe_calibrate_all_experts, others=tuple(others))
+    insert(observed)
     calibrate(observed, batches, progress=options.progress)
-    names = tuple(candidates)
-    groups = find_groups(observed, names, options.dtype)
-    instruments = instrument(observed)
-    clock.note("calibration")
-    expected = _run(instruments.graph_module, batches[0])
-    divergence = make_divergence(expected, options.divergence, options.loss, options.output, options.mask)
-    runs = _Runs(instruments, divergence, batches, names, options)
-    totals, depth = runs.measure_depth()
-    clock.note("depth")
-    errors = runs.measure_gradients()
-    clock.note("gradients")
-    exact_errors = runs.measure_each(clock.seconds["depth"]) if options.exact else {}
-    if options.exact:
-        clock.note("exact")
-    sites = tuple(runs.describe(meter, errors[meter], exact_errors.get(meter)) for meter in instruments.meters)
-    return Analysis(divergence.unit, names, sites, depth, totals, groups, len(batches), clock.seconds)
+    return Runs(observed, tuple(candidates), batches, options)
 
 
 class _Clock:
@@ -149,30 +157,45 @@ class _Clock:
         self.seconds[what], self._last = now - self._last, now
 
 
-def _run(graph_module: GraphModule, batch: Any) -> Any:
-    """What a graph gives; its buffers stay as they are."""
-    args, kwargs = split_inputs(batch)
-    with own_buffers(graph_module):
-        return graph_module(*args, **kwargs)
+class Runs:
+    """The runs of a calibrated graph in which values are quantized on demand.
 
-
-class _Runs:
-    """The runs of a graph with instruments."""
+    Args:
+        observed: the graph.
+        names: of its configs.
+        batches: at least one.
+        options: how it is analyzed.
+    """
 
     def __init__(
-        self,
-        instruments: Instruments,
-        divergence: Divergence,
-        batches: list[Any],
-        names: tuple[str, ...],
-        options: AnalysisOptions,
+        self, observed: GraphModule, names: tuple[str, ...], batches: list[Any], options: AnalysisOptions
     ) -> None:
-        self.graph_module, self.meters = instruments.graph_module, instruments.meters
-        self.instruments, self.divergence, self.names = instruments, divergence, names
-        self.batches, self.progress = batches, options.progress
+        self.names, self.batches, self.progress = names, batches, options.progress
+        self.groups = find_groups(observed, names, options.dtype)
+        self.instruments = instrument(observed)
+        self.graph_module, self.meters = self.instruments.graph_module, self.instruments.meters
+        self._inputs = [str(node.target) for node in self.graph_module.graph.find_nodes(op="placeholder")]
         # On the CPU, so that a seed means the same on every device.
         self.generator = torch.Generator().manual_seed(options.seed)
-        self._inputs = [str(node.target) for node in self.graph_module.graph.find_nodes(op="placeholder")]
+        self.divergence = make_divergence(
+            self.run(batches[0]), options.divergence, options.loss, options.output, options.mask
+        )
+
+    def run(self, batch: Any, meters: Sequence[Meter] = ()) -> Any:
+        """What the model gives with some values quantized; the graph's buffers stay as they are."""
+        args, kwargs = split_inputs(batch)
+        for meter in meters:
+            meter.is_active = True
+        try:
+            with own_buffers(self.graph_module):
+                return self.graph_module(*args, **kwargs)
+        finally:
+            for meter in meters:
+                meter.is_active = False
+
+    def measure(self, expected: Any, batch: Any, meters: Sequence[Meter]) -> Sums:
+        """What these values' quantization moves the model's outputs by, from ``expected``."""
+        return self.divergence.measure(expected, self.run(batch, meters), self._name_inputs(batch))
 
     def measure_depth(self) -> tuple[dict[str, float], tuple[DepthError, ...]]:
         """Over the first batch, the model's error of each candidate and that of each op; and ops' of each value."""
@@ -181,16 +204,15 @@ class _Runs:
             tap.begin("keep")
         for replay in self.instruments.replays:
             replay.is_measuring = True
-        expected = _run(self.graph_module, batch)
+        expected = self.run(batch)
         for replay in self.instruments.replays:
             replay.is_measuring = False
         totals, depth = {}, []
         for number, name in enumerate(self.names):
             for tap in taps.values():
                 tap.begin("compare")
-            with _quantizing([meter for meter in self.meters if meter.number == number]):
-                outputs = _run(self.graph_module, batch)
-            totals[name] = self.divergence.measure(expected, outputs, self._name_inputs(batch)).mean
+            own = [meter for meter in self.meters if meter.number == number]
+            totals[name] = self.measure(expected, batch, own).mean
             for node, tap in taps.items():
                 module = find_module(find_owner(node), node, "Linear")[0]
                 depth.append(DepthError(name, module, node.name, tap.error.mean))
@@ -218,7 +240,7 @@ class _Runs:
 
     def _go_back(self, batch: Any, reached: set[Meter]) -> Drawn:
         with torch.enable_grad(), _recording(self.meters):
-            outputs = _run(self.graph_module, batch)
+            outputs = self.run(batch)
             drawn = self.divergence.draw(outputs, self._name_inputs(batch), self.generator)
         if not all(tensor.isfinite().all() for tensor in drawn.tensors):
             raise ValueError("NaN or Inf in the model's outputs: there is no error to compare")
@@ -237,11 +259,11 @@ class _Runs:
         """The model's error with each value alone quantized.
 
         Args:
-            seconds: that a batch took for all candidates and once more.
+            seconds: that a batch took for all candidates and twice more.
         """
         num_runs = len(self.meters) * len(self.batches)
         if self.progress:
-            minutes = num_runs * seconds / (len(self.names) + 1) / 60
+            minutes = num_runs * seconds / (len(self.names) + 2) / 60
             tqdm.write(
                 f"exact: {len(self.meters)} values and formats x {len(self.batches)} batches are {num_runs} runs of "
                 f"the model, about {minutes:.1f} minutes"
@@ -249,11 +271,9 @@ class _Runs:
         sums = dict.fromkeys(self.meters, Sums())
         with tqdm(total=num_runs, desc="exact", unit="run", disable=not self.progress) as bar:
             for batch in self.batches:
-                expected, inputs = _run(self.graph_module, batch), self._name_inputs(batch)
+                expected = self.run(batch)
                 for meter in self.meters:
-                    with _quantizing([meter]):
-                        outputs = _run(self.graph_module, batch)
-                    sums[meter] = sums[meter].plus(self.divergence.measure(expected, outputs, inputs))
+                    sums[meter] = sums[meter].plus(self.measure(expected, batch, [meter]))
                     bar.update()
         return {meter: found.mean for meter, found in sums.items()}
 
@@ -273,23 +293,12 @@ class _Runs:
             candidate=self.names[meter.number],
             format=describe_format(site.args),
             num_elements=meter.num_elements,
+            squared_error=meter.value_error.error,
             value_error=value_error,
             output_error=value_error if site.role == "output" else output_error,
             model_error=error,
             exact_error=exact_error,
         )
-
-
-@contextmanager
-def _quantizing(meters: Sequence[Meter]) -> Iterator[None]:
-    """These values are quantized within a ``with`` block."""
-    for meter in meters:
-        meter.is_active = True
-    try:
-        yield
-    finally:
-        for meter in meters:
-            meter.is_active = False
 
 
 @contextmanager

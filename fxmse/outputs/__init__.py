@@ -11,4 +11,5 @@
 - ``noise``: how much quantization changes a value.
 - ``reporting``: what quantization did to each value.
 - ``summaries``: reports for people.
+- ``analyses``: what formats cost a model, for people.
 """
