@@ -95,8 +95,10 @@ def find_refused(graph_module: GraphModule, config: QuantizationConfig) -> dict[
     Raises:
         NothingMatchedError: nothing is targeted.
     """
-    refused = _search(graph_module, config)[1]
-    return dict(reversed(refused))
+    reasons: dict[str, str] = {}
+    for path, reason in _search(graph_module, config)[1]:
+        reasons.setdefault(path, reason)
+    return reasons
 
 
 def _search(

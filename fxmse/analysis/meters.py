@@ -93,8 +93,8 @@ class Meter(nn.Module):
             values.setdefault(key, value)
             sums = [part for part in (found.get(key), gradients[id(leaf)]) if part is not None]
             found[key] = functools.reduce(torch.add, sums) if sums else None
-        for key, value in values.items():
-            self._add(value, found[key])
+        for identity, value in values.items():
+            self._add(value, found[identity])
         return any(gradient is not None for gradient in found.values())
 
     def _add(self, value: Tensor, gradient: Tensor | None) -> None:
@@ -195,7 +195,7 @@ def instrument(observed: GraphModule) -> Instruments:
         value = node.args[0]
         assert isinstance(value, Node)
         op, arguments = make_call(probe.sites[0].args, qparams)
-        is_written = versions[graph].is_written(value)
+        is_written = versions[graph].is_written(node)
         meter = meters.get(probe) or Meter(
             probe.sites, node.meta[CONFIG_NUMBER_KEY], probe.is_weight, lambda x: op(x, *arguments), is_written
         )
