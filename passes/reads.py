@@ -93,11 +93,14 @@ def find_refused(graph_module: GraphModule, config: QuantizationConfig) -> dict[
     """The modules whose values cannot be quantized as ``config`` asks, each with the first reason.
 
     Raises:
-        NothingMatchedError: nothing is targeted.
+        ValueError: there are no others.
     """
+    reads, refused, _ = _search(graph_module, config)
     reasons: dict[str, str] = {}
-    for path, reason in _search(graph_module, config)[1]:
+    for path, reason in refused:
         reasons.setdefault(path, reason)
+    if reasons and all(read.operation.path in reasons for read in reads):
+        raise ValueError(f"nothing can be quantized so: {'; '.join(reasons.values())}")
     return reasons
 
 

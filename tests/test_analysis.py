@@ -338,6 +338,38 @@ def test_branches():
         assert 0.3 < site.model_error / site.exact_error < 3
 
 
+class InPlace(Net):
+    """It writes its input."""
+
+    def forward(self, x):
+        y = self.q(x)
+        x.mul_(2)
+        return self.head(y + self.k(x))
+
+
+def test_a_graph_may_write_its_input():
+    model, batches = InPlace().eval(), make_batches()
+    before = [batch.clone() for batch in batches]
+    analysis = analyze(torch.fx.symbolic_trace(model), [make_config(INT4, INPUT)], batches, exact=True)
+    assert all(map(torch.equal, batches, before))
+    with torch.no_grad():
+        quantized, expected = quantize_groups(model.k.weight, 8), [model(batch.clone()) for batch in batches]
+        model.k.weight.data = quantized
+        found = [model(batch.clone()) for batch in batches]
+    noise, signal = (torch.cat(own).double() for own in (found, expected))
+    exact = ((noise - signal).square().sum() / signal.square().sum()).item()
+    assert find(analysis, "k.weight").exact_error == pytest.approx(exact, rel=1e-4)
+    assert find(analysis, "k.weight").model_error == pytest.approx(exact, rel=0.5)
+
+
+class Undifferentiable(Net):
+    """It writes what its gradient would need."""
+
+    def forward(self, x):
+        y = (self.q(x) + self.k(x)).sigmoid_()
+        return self.head(y.mul_(y))
+
+
 def fail(outputs, batch):
     return outputs["logits"].mean() * float("nan")
 
@@ -370,6 +402,10 @@ def test_errors_of_batches():
         analyze(model, "W8A8", make_batches()[0])
     with pytest.raises(TypeError, match="exakt"):
         analyze(model, "W8A8", make_batches(), exakt=True)
+    with pytest.raises(ValueError, match="the model cannot be run backwards, as autograd says: one of the variables"):
+        analyze(Undifferentiable().eval(), "FP8", make_batches())
+    with pytest.raises(ValueError, match="candidate W4A16: nothing can be quantized so: head.weight: group_size=128"):
+        analyze(model, ["FP8", "W4A16"], make_batches())
     model.head.bias.data[0] = float("nan")
     with pytest.raises(ValueError, match="NaN or Inf in the model's outputs"):
         analyze(model, make_config(INT8, targets=["q"]), make_batches())

@@ -164,6 +164,7 @@ SCHEME = QuantizationScheme(targets=["Linear"], weights=make_args(4, strategy="c
         ([None], 5, {}, "candidates have no format"),
         ([], 5, {}, "candidates have no format"),
         (["W4A16", None, None], 5, {}, "None twice"),
+        ({"float": "W4A16", "other": "W8A16"}, 5, {}, "a candidate is called float, as what stays as it is"),
         ("W4A16", 5, {}, "candidates is one str: expected a list"),
         (["W4A16", "W5"], 5, {}, "config='W5': expected one of the presets"),
         (["W4A16", "W4A8"], 5, {}, "the analysis is of W4A16, W8A16, without W4A8"),

@@ -30,12 +30,14 @@ def name_candidates(
     named: dict[str, QuantizationConfig] = {}
     for config, given in zip(configs, names, strict=False):
         resolved = resolve_config(config)
+        if given == FLOAT:
+            raise ValueError(f"a candidate is called {FLOAT}, as what stays as it is: give it another name")
         own = given or _find_name(config, resolved)
         for name, other in named.items():
             if _describe(other) == _describe(resolved):
                 raise ValueError(f"candidates {name} and {own} quantize the same in the same formats: give one of them")
         name, number = own, 2
-        while name in named or name == FLOAT:
+        while name in named:
             name, number = f"{own} ({number})", number + 1
         named[name] = resolved
     if not named:
@@ -82,7 +84,10 @@ def fit(
         rewrite(graph_module)
     fitting, reasons = {}, {}
     for name, config in candidates.items():
-        refused = find_refused(graph_module, config)
+        try:
+            refused = find_refused(graph_module, config)
+        except ValueError as error:
+            raise type(error)(f"candidate {name}: {error}") from None
         fitting[name] = config.model_copy(update={"ignore": [*(config.ignore or []), *refused]})
         if refused:
             reasons[name] = f"{', '.join(refused)} ({next(iter(refused.values()))})"

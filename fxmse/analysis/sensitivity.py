@@ -1,5 +1,6 @@
 """What each format of each value costs a model: by its gradient, and one value at a time."""
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from fxmse.analysis.candidates import fit, name_candidates
@@ -27,6 +29,7 @@ from fxmse.config import Config, describe_format
 from fxmse.passes import InsertObservers
 from fxmse.passes.probe import check_unobserved
 from fxmse.passes.stand_ins import find_module
+from fxmse.passes.versions import Versions
 from fxmse.pipeline import calibrate
 
 __all__ = ["AnalysisOptions", "Runs", "analyze", "analyze_candidates", "prepare_runs"]
@@ -97,7 +100,6 @@ def analyze(
     return analyze_candidates(model, candidates, batches, AnalysisOptions(**options))
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def analyze_candidates(
     model: nn.Module | ExportedProgram,
@@ -142,7 +144,7 @@ def prepare_runs(
     first, *others = configs.values()
     insert = InsertObservers(first, moe_calibrate_all_experts=options.moe_calibrate_all_experts, others=tuple(others))
     insert(observed)
-    calibrate(observed, batches, progress=options.progress)
+    calibrate(observed, _Copied(observed, batches), progress=options.progress)
     return Runs(observed, tuple(candidates), batches, options)
 
 
@@ -155,6 +157,26 @@ class _Clock:
         """Time since the last note went by with ``what``."""
         now = time.perf_counter()
         self.seconds[what], self._last = now - self._last, now
+
+
+class _Copied:
+    """Batches for a graph that may be run with them again: copies, where it writes its inputs."""
+
+    def __init__(self, graph_module: GraphModule, batches: list[Any]) -> None:
+        versions = Versions(graph_module)
+        inputs = graph_module.graph.find_nodes(op="placeholder")
+        self.is_written = any(versions.is_written(node) for node in inputs)
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.copy, self._batches)
+
+    def copy(self, batch: Any) -> Any:
+        """A batch that the graph may write."""
+        return tree_map_only(Tensor, torch.clone, batch) if self.is_written else batch
 
 
 class Runs:
@@ -174,6 +196,7 @@ class Runs:
         self.groups = find_groups(observed, names, options.dtype)
         self.instruments = instrument(observed)
         self.graph_module, self.meters = self.instruments.graph_module, self.instruments.meters
+        self._copied = _Copied(observed, batches)
         self._inputs = [str(node.target) for node in self.graph_module.graph.find_nodes(op="placeholder")]
         # On the CPU, so that a seed means the same on every device.
         self.generator = torch.Generator().manual_seed(options.seed)
@@ -183,7 +206,7 @@ class Runs:
 
     def run(self, batch: Any, meters: Sequence[Meter] = ()) -> Any:
         """What the model gives with some values quantized; the graph's buffers stay as they are."""
-        args, kwargs = split_inputs(batch)
+        args, kwargs = split_inputs(self._copied.copy(batch))
         for meter in meters:
             meter.is_active = True
         try:
@@ -239,7 +262,7 @@ class Runs:
         return {meter: factor * meter.change / size if size else 0.0 for meter in self.meters}
 
     def _go_back(self, batch: Any, reached: set[Meter]) -> Drawn:
-        with torch.enable_grad(), _recording(self.meters):
+        with torch.inference_mode(False), torch.enable_grad(), _recording(self.meters):
             outputs = self.run(batch)
             drawn = self.divergence.draw(outputs, self._name_inputs(batch), self.generator)
         if not all(tensor.isfinite().all() for tensor in drawn.tensors):
@@ -250,7 +273,11 @@ class Runs:
         if ends:
             own = drawn.gradients and [drawn.gradients[place] for place in ends]
             tensors = [drawn.tensors[place] for place in ends]
-            gradients = torch.autograd.grad(tensors, list(leaves.values()), own, allow_unused=True)
+            try:
+                gradients = torch.autograd.grad(tensors, list(leaves.values()), own, allow_unused=True)
+            except RuntimeError as error:
+                reason = re.split(r"\n|: \[| Hint", str(error))[0]
+                raise ValueError(f"the model cannot be run backwards, as autograd says: {reason}") from error
         found = dict(zip(leaves, gradients, strict=True))
         reached.update([meter for meter in self.meters if meter.take(found)])
         return drawn
