@@ -404,7 +404,7 @@ def test_errors_of_batches():
         analyze(model, "W8A8", make_batches(), exakt=True)
     with pytest.raises(ValueError, match="the model cannot be run backwards, as autograd says: one of the variables"):
         analyze(Undifferentiable().eval(), "FP8", make_batches())
-    with pytest.raises(ValueError, match="candidate W4A16: nothing can be quantized so: head.weight: group_size=128"):
+    with pytest.raises(ValueError, match=r"candidate W4A16: nothing can be quantized so: .*group_size=128"):
         analyze(model, ["FP8", "W4A16"], make_batches())
     model.head.bias.data[0] = float("nan")
     with pytest.raises(ValueError, match="NaN or Inf in the model's outputs"):
