@@ -1,5 +1,7 @@
 """fxmse: post-training quantization of PyTorch graphs with MSE observers."""
 
+from fxmse.analysis.choosing import choose_schemes
+from fxmse.analysis.sensitivity import analyze
 from fxmse.calibration.backend import Calibration
 from fxmse.inputs.qparams import load_qparams
 from fxmse.outputs.checkpoint import save_pretrained
@@ -14,7 +16,9 @@ from fxmse.streaming.quantizing import quantize_checkpoint
 __all__ = [
     "Calibration",
     "__version__",
+    "analyze",
     "calibrate",
+    "choose_schemes",
     "compilation",
     "convert",
     "export",

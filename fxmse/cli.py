@@ -1,19 +1,21 @@
-"""The command line: ``fxmse quantize``, ``fxmse plan``, ``fxmse inspect``, ``fxmse schemes``."""
+"""The command line: ``fxmse quantize``, ``plan``, ``analyze``, ``inspect`` and ``schemes``."""
 
 import argparse
 import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, preset_name_to_scheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from tabulate import tabulate
@@ -22,12 +24,15 @@ from torch.export.passes import move_to_device_pass
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map_only
 
+from fxmse.analysis.choosing import choose_schemes
+from fxmse.analysis.sensitivity import analyze
 from fxmse.config import Config, name_weight_observer, resolve_config
 from fxmse.inputs.data import Choice, check_batches, find_batch_size, order_inputs, read_batches, take_inputs
 from fxmse.inputs.models import Source, load_source
 from fxmse.inputs.onnx import read_metadata
 from fxmse.inputs.programs import load_program
 from fxmse.inputs.weights import load_skeleton
+from fxmse.outputs.analyses import format_analysis, parse_analysis, summarise_analysis
 from fxmse.outputs.checkpoint import check_replaceable, check_saveable, find_tied, save_pretrained
 from fxmse.outputs.documents import make_document
 from fxmse.outputs.exporting import export, save_program
@@ -53,6 +58,12 @@ _REPORTED_BATCHES = 4
 _PICTURED = ("json", "html", "full")
 """What of ``--report`` measures all values, and what is drawn of them."""
 _BATCH_SIZE = 8
+_MASK = "attention_mask"
+_ANALYSIS_LIMIT = 2**28
+"""Bytes of a report that is read."""
+_BYTES = {"bytes": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_BUDGET = re.compile(rf"(\d+(?:\.\d+)?) ?(bits|{'|'.join(_BYTES)})")
+_CONFIGS = (".yaml", ".yml", ".json")
 _DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLES = """examples:
   fxmse quantize model.pt2 --scheme W8A8 --data batches.safetensors --out quantized.pt2
@@ -60,6 +71,7 @@ _EXAMPLES = """examples:
   fxmse quantize ./vit --scheme config.yaml --data ./images --out vit.pt2 --decompose
   fxmse quantize ./llama --scheme W4A16 --ignore lm_head --out llama.onnx
   fxmse plan ./llama --scheme NVFP4
+  fxmse analyze ./llama --candidates W4A16 FP8 none --budget 5bits --data texts.jsonl --out mixed.yaml
   fxmse inspect quantized.pt2
   fxmse schemes --json
 
@@ -162,21 +174,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", type=Path, required=True, help="a .pt2, a .onnx, or a folder: a compressed-tensors checkpoint"
     )
-    command.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="samples a batch (default: 8, or what a .pt2 is for)"
-    )
-    command.add_argument("--max-length", type=_positive, default=512, metavar="N", help="tokens a text (default 512)")
-    command.add_argument("--max-batches", type=_positive, metavar="N", help="use the first N batches")
-    command.add_argument("--num-samples", type=_positive, metavar="N", help="use N samples of the data (default: all)")
-    command.add_argument("--seed", type=int, metavar="N", help="shuffle the samples (default: in the data's order)")
-    command.add_argument(
-        "--dtype", choices=_DTYPES, help="what a folder's weights are loaded in (default: as they are stored)"
-    )
-    command.add_argument(
-        "--device",
-        metavar="NAME",
-        help="where to work, as cuda (default: the CPU); under torchrun each process has one of its own",
-    )
+    _add_data_options(command)
     command.add_argument(
         "--report",
         choices=("none", "summary", *_PICTURED),
@@ -208,11 +206,52 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="modules that a preset leaves alone")
     command.set_defaults(observer=None, observer_kwargs=None)
     _add_trust(command)
+    command = add("analyze", _analyze, "say what formats cost a model, and with --budget which to use where")
+    command.add_argument("model", type=Path, metavar="MODEL", help="a .pt2, or a local Hugging Face folder")
+    command.add_argument("--candidates", nargs="+", required=True, metavar="SCHEME", help="presets, or none for float")
+    command.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="modules that are left alone")
+    command.add_argument("--data", type=Path, required=True, help="as for fxmse quantize")
+    command.add_argument(
+        "--budget",
+        type=_read_budget,
+        metavar="SIZE",
+        help="choose a scheme for each module within so much: bits a weight, as 4.8bits, or bytes of all weights, as "
+        "70MB; scales count, too",
+    )
+    command.add_argument("--out", type=Path, metavar="CONFIG", help="a .yaml or .json file for what was chosen")
+    command.add_argument("--report", type=Path, metavar="FILE", help="a .json file for all that was found")
+    command.add_argument("--exact", action="store_true", help="measure each value with it alone quantized, too; slow")
+    command.add_argument(
+        "--divergence",
+        choices=("kl", "squared"),
+        help="what is compared: distributions, or outputs (default: kl for a model with logits)",
+    )
+    command.add_argument("--output", metavar="NAME", help="the output that counts (default: logits, or all)")
+    _add_data_options(command)
+    _add_trust(command)
     command = add("inspect", _inspect, "print what was quantized how, and how well, in what fxmse quantize wrote")
     command.add_argument("out", type=Path, metavar="OUT", help="a .pt2, a .onnx, a checkpoint's folder, or a report")
     command.add_argument("--all", action="store_true", help="every value; otherwise the worst ones")
     add("schemes", _list_schemes, "list the presets")
     return parser
+
+
+def _add_data_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="samples a batch (default: 8, or what a .pt2 is for)"
+    )
+    command.add_argument("--max-length", type=_positive, default=512, metavar="N", help="tokens a text (default 512)")
+    command.add_argument("--max-batches", type=_positive, metavar="N", help="use the first N batches")
+    command.add_argument("--num-samples", type=_positive, metavar="N", help="use N samples of the data (default: all)")
+    command.add_argument("--seed", type=int, metavar="N", help="shuffle the samples (default: in the data's order)")
+    command.add_argument(
+        "--dtype", choices=_DTYPES, help="what a folder's weights are loaded in (default: as they are stored)"
+    )
+    command.add_argument(
+        "--device",
+        metavar="NAME",
+        help="where to work, as cuda (default: the CPU); under torchrun each process has one of its own",
+    )
 
 
 def _add_trust(command: argparse.ArgumentParser) -> None:
@@ -226,6 +265,14 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a number of at least 1")
     return value
+
+
+def _read_budget(text: str) -> tuple[float, str]:
+    match = _BUDGET.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text}: expected bits a weight, as 4.8bits, or bytes, as 70MB or 1.5GiB")
+    number, unit = match.groups()
+    return (float(number), "bits") if unit == "bits" else (float(number) * _BYTES[unit], "bytes")
 
 
 def _read_mapping(text: str) -> dict[str, Any]:
@@ -498,7 +545,64 @@ def _make_config(options: argparse.Namespace) -> QuantizationConfig:
     return name_weight_observer(config, name, options.observer_kwargs)
 
 
+def _analyze(options: argparse.Namespace) -> None:
+    _check_analysis_paths(options)
+    source = load_source(
+        options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
+    )
+    candidates = [None if name == "none" else name for name in options.candidates]
+    ignore = list(options.ignore)
+    if source.model is not None:
+        ignore = _ignore_tied({"config_groups": {"W8A16": ["Linear"]}, "ignore": ignore}, source.model).ignore or []
+    batches = _read_batches(options, source)
+    settings = {
+        "exact": options.exact,
+        "divergence": options.divergence,
+        "output": options.output,
+        "mask": _MASK if isinstance(batches[0], Mapping) and _MASK in batches[0] else None,
+    }
+    with _name_data(options):
+        if options.budget:
+            budget, unit = options.budget
+            choice = choose_schemes(source.module, candidates, budget, batches, unit=unit, ignore=ignore, **settings)
+            analysis = choice.analysis
+        else:
+            configs = [
+                {"config_groups": {name: ["Linear"]}, "ignore": ignore} for name in candidates if name is not None
+            ]
+            choice, analysis = None, analyze(source.module, configs, batches, **settings)
+    summary = summarise_analysis(str(options.model), analysis, choice)
+    if options.report:
+        with replace_file(options.report) as new:
+            new.write_text(json.dumps(summary, indent=1))
+    if choice is not None and options.out:
+        fields = choice.config.model_dump(mode="json", exclude_none=True)
+        text = (
+            json.dumps(fields, indent=1) if options.out.suffix == ".json" else yaml.safe_dump(fields, sort_keys=False)
+        )
+        with replace_file(options.out) as new:
+            new.write_text(text)
+    _print(json.dumps(summary, indent=1) if options.json else format_analysis(summary))
+
+
+def _check_analysis_paths(options: argparse.Namespace) -> None:
+    """Raises ValueError for what would fail only after the analysis."""
+    if options.out and not options.budget:
+        raise ValueError(f"--out {options.out}: give a --budget, by which there is something to choose")
+    if options.out and options.out.suffix not in _CONFIGS:
+        raise ValueError(f"--out {options.out}: expected a file that ends in {', '.join(_CONFIGS)}")
+    if options.report and options.report.suffix != ".json":
+        raise ValueError(f"--report {options.report}: expected a file that ends in .json")
+    for path in filter(None, (options.out, options.report)):
+        check_place(path, is_folder=False)
+        check_apart(path, options.model)
+
+
 def _inspect(options: argparse.Namespace) -> None:
+    if options.out.suffix == ".json":
+        summary = parse_analysis(read_text(options.out, _ANALYSIS_LIMIT), options.out)
+        _print(json.dumps(summary, indent=1) if options.json else format_analysis(summary, show_all=options.all))
+        return
     content: str | bytes | None
     if _is_program(options.out):
         content = load_program(options.out)[1].get(REPORT_FILE)

@@ -14,6 +14,8 @@ from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
+    QuantizationStrategy,
+    QuantizationType,
     is_preset_scheme,
     preset_name_to_scheme,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "NothingMatchedError",
     "Site",
     "check_dynamic_shape",
+    "describe_format",
     "is_named",
     "make_site",
     "match_schemes",
@@ -144,6 +147,15 @@ def check_dynamic_shape(args: QuantizationArgs, shape: torch.Size) -> None:
     """Raises ValueError where the groups of a dynamic value do not fit its shape."""
     if args.group_size:
         Layout("input", "group", args.group_size).qparam_shape(shape)
+
+
+def describe_format(args: QuantizationArgs) -> str:
+    """A format in words, as in "int8 asymmetric tensor"."""
+    symmetry = "symmetric" if args.symmetric else "asymmetric"
+    size = f" {args.group_size}" if args.group_size else ""
+    dynamic = " dynamic" if args.dynamic else ""
+    kind, strategy = QuantizationType(args.type).value, QuantizationStrategy(args.strategy).value
+    return f"{kind}{args.num_bits} {symmetry} {strategy}{size}{dynamic}"
 
 
 def resolve_config(config: Config) -> QuantizationConfig:

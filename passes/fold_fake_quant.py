@@ -1,8 +1,10 @@
 """Replaces probes by fake-quantize nodes."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-from compressed_tensors.quantization import QuantizationType
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -18,10 +20,14 @@ from fxmse.passes.close_regions import CloseRegions
 from fxmse.passes.finishing import finish_weights
 from fxmse.passes.probe import Probe, find_inputs, find_probes
 
-__all__ = ["SITES_KEY", "FoldFakeQuant"]
+__all__ = ["SITES_KEY", "FoldFakeQuant", "Qparams", "make_call", "replace_probes"]
 
 SITES_KEY = "fxmse_sites"
 """Where a fake-quantize node's ``meta`` has the names of its sites; the first is what its buffers are called after."""
+
+
+Qparams: TypeAlias = Mapping[str, Tensor | None]
+"""Scale, zero point and global scale by these names, None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +55,51 @@ class FoldFakeQuant(GraphPass):
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Applies the rules."""
-        probes = list(find_probes(graph_module))
-        all_inputs = list(find_inputs(graph_module))
-        means = [(node, inputs) for node, inputs in all_inputs if isinstance(inputs, Mean)]
-        unseen = [probe.name for _, probe in probes if not probe.has_statistics and not probe.is_weight]
-        unseen += [str(node.target) for node, mean in means if not mean.has_seen]
-        if unseen:
-            raise ValueError(
-                f"nothing was seen by {'; '.join(dict.fromkeys(unseen))}: run calibration data through the observed "
-                "graph first (fxmse.calibrate)"
-            )
-        with hold([*(probe.lock for _, probe in probes), *(inputs.lock for _, inputs in all_inputs)]):
-            finish_weights(graph_module)  # rule 1
-            qparams = {
-                probe: {
-                    name: None if tensor is None else tensor.clone() for name, tensor in _get_qparams(probe).items()
-                }
-                for _, probe in probes
-            }
-        observers = dict.fromkeys((find_owner(node), str(node.target)) for node, _ in (*probes, *all_inputs))
-        for node, _ in all_inputs:
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-            node.graph.erase_node(node)
-        folded = {str(node.target): _replace(find_owner(node), node, probe, qparams[probe]) for node, probe in probes}
-        correct_biases(means, folded)  # rule 7
-        for owner, target in observers:  # rule 4
-            owner.delete_submodule(target)
-        remove_all_experts(graph_module)
+        modified = replace_probes(graph_module, _replace)  # rule 5
         CloseRegions()(graph_module)  # rule 6
-        return bool(probes)  # rule 5
+        return modified
+
+
+def replace_probes(graph_module: GraphModule, replace: Callable[[GraphModule, Node, Probe, Qparams], Node]) -> bool:
+    """Puts something else in the place of each probe, and takes out all that looks at values.
+
+    Args:
+        graph_module: a calibrated graph.
+        replace: called with the graph that a probe is in, its node, the probe, and what it has found; takes the node
+            out and gives the one that is in its place.
+
+    Returns:
+        Whether there were probes.
+
+    Raises:
+        ValueError: as :class:`FoldFakeQuant`.
+    """
+    probes = list(find_probes(graph_module))
+    all_inputs = list(find_inputs(graph_module))
+    means = [(node, inputs) for node, inputs in all_inputs if isinstance(inputs, Mean)]
+    unseen = [probe.name for _, probe in probes if not probe.has_statistics and not probe.is_weight]
+    unseen += [str(node.target) for node, mean in means if not mean.has_seen]
+    if unseen:
+        raise ValueError(
+            f"nothing was seen by {'; '.join(dict.fromkeys(unseen))}: run calibration data through the observed "
+            "graph first (fxmse.calibrate)"
+        )
+    with hold([*(probe.lock for _, probe in probes), *(inputs.lock for _, inputs in all_inputs)]):
+        finish_weights(graph_module)  # rule 1
+        qparams = {
+            probe: {name: None if tensor is None else tensor.clone() for name, tensor in _get_qparams(probe).items()}
+            for _, probe in probes
+        }
+    observers = dict.fromkeys((find_owner(node), str(node.target)) for node, _ in (*probes, *all_inputs))
+    for node, _ in all_inputs:
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        node.graph.erase_node(node)
+    replaced = {str(node.target): replace(find_owner(node), node, probe, qparams[probe]) for node, probe in probes}
+    correct_biases(means, replaced)  # rule 7
+    for owner, target in observers:  # rule 4
+        owner.delete_submodule(target)
+    remove_all_experts(graph_module)
+    return bool(probes)
 
 
 def _get_qparams(probe: Probe) -> dict[str, Tensor | None]:
@@ -94,10 +116,9 @@ def _get_qparams(probe: Probe) -> dict[str, Tensor | None]:
     return qparams
 
 
-def _replace(graph_module: GraphModule, node: Node, probe: Probe, qparams: dict[str, Tensor | None]) -> Node:
+def _replace(graph_module: GraphModule, node: Node, probe: Probe, qparams: Qparams) -> Node:
     """Rules 2 and 3; the fake-quantize node."""
     graph, site = graph_module.graph, probe.sites[0]
-    args = site.args
     container = make_container(graph_module, site.module)
     parameters: dict[str, Node | None] = {}
     with graph.inserting_before(node):
@@ -107,24 +128,32 @@ def _replace(graph_module: GraphModule, node: Node, probe: Probe, qparams: dict[
                 container.register_buffer(buffer, tensor)
             target = f"{site.module}.{buffer}".lstrip(".")
             parameters[name] = None if tensor is None else graph.get_attr(target)
-        grid = (args.num_bits, QuantizationType(args.type).value)
-        arguments: tuple
-        if args.dynamic:
-            op = DYNAMIC_FAKE_QUANTIZE
-            arguments = (parameters["global_scale"], *grid, args.symmetric, args.strategy)
-            if args.group_size:
-                arguments += (args.group_size,) if args.scale_dtype is None else (args.group_size, args.scale_dtype)
-        else:
-            op = FAKE_QUANTIZE
-            arguments = (parameters["scale"], parameters["zero_point"], parameters["global_scale"], *grid)
-            arguments += (args.strategy,)
-            if args.block_structure:
-                arguments += (None, args.block_structure)
-            elif args.strategy in ("group", "tensor_group"):
-                arguments += (args.group_size,)
+        op, arguments = make_call(site.args, parameters)
         name = f"{site.name}_fake_quant".replace(".", "_")
         folded = graph.create_node("call_function", op, (node.args[0], *arguments), name=name)
     folded.meta = {**node.meta, SITES_KEY: tuple(site.name for site in probe.sites)}
     node.replace_all_uses_with(folded)
     graph.erase_node(node)
     return folded
+
+
+def make_call(args: QuantizationArgs, qparams: Mapping[str, Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The op that quantizes a value of a format, and what it is called with behind the value.
+
+    Args:
+        args: the format.
+        qparams: by the names of :data:`Qparams`, tensors or nodes that give them.
+    """
+    grid = (args.num_bits, QuantizationType(args.type).value)
+    arguments: tuple[Any, ...]
+    if args.dynamic:
+        arguments = (qparams["global_scale"], *grid, args.symmetric, args.strategy)
+        if args.group_size:
+            arguments += (args.group_size,) if args.scale_dtype is None else (args.group_size, args.scale_dtype)
+        return DYNAMIC_FAKE_QUANTIZE, arguments
+    arguments = (*(qparams[name] for name in QPARAMS), *grid, args.strategy)
+    if args.block_structure:
+        arguments += (None, args.block_structure)
+    elif args.strategy in ("group", "tensor_group"):
+        arguments += (args.group_size,)
+    return FAKE_QUANTIZE, arguments

@@ -34,7 +34,12 @@ from fxmse.passes.probe import Probe, find_probes, skip_probes
 from fxmse.passes.reads import Read, find_reads
 from fxmse.passes.weight_view import WeightView
 
-__all__ = ["InsertObservers"]
+__all__ = ["CONFIG_NUMBER_KEY", "OPERATIONS_KEY", "InsertObservers"]
+
+CONFIG_NUMBER_KEY = "fxmse_config_number"
+"""Where a probe's node has in its ``meta`` by which config it was inserted: 0, or its place among the others and 1."""
+OPERATIONS_KEY = "fxmse_operations"
+"""Where it has the names of the nodes whose operations read the value, or give it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class InsertObservers(GraphPass):
     10. What experts read is observed of all tokens at all experts (:func:`fxmse.passes.all_experts.show_all_experts`).
     11. With ``bias_correction`` each op whose weight is quantized and whose bias can be corrected gets such a node
         (:func:`fxmse.passes.bias_correction.insert_means`).
+    12. Each of ``others`` has probes of its own on the values, in a row with the first config's: all formats of a value
+        are searched while data runs once. Such a graph is to be compared (``fxmse.analyze``), not folded.
 
     The observed graph computes what it computed before, bit for bit. It loads no state of another calibration
     (:mod:`fxmse.passes.loading`).
@@ -77,6 +84,7 @@ class InsertObservers(GraphPass):
             are equal, for runtimes that run them in one scale.
         moe_calibrate_all_experts: rule 10; False observes each expert with the tokens that its router chooses for it.
         bias_correction: keep the means of inputs, with which biases are corrected once the probes are folded.
+        others: rule 12.
 
     Raises:
         ValueError: the config matches nothing; values that do not fit their formats (all are named); the graph is
@@ -87,6 +95,7 @@ class InsertObservers(GraphPass):
     share_across: tuple[str, ...] = ()
     moe_calibrate_all_experts: bool = True
     bias_correction: bool = False
+    others: tuple[Config, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ValueError for an op that cannot be shared across."""
@@ -105,10 +114,11 @@ class InsertObservers(GraphPass):
         modified = InlineRegions()(graph_module).modified
         modified |= FunctionalizeModules()(graph_module).modified
         modified |= DecomposeAttention()(graph_module).modified
-        config = resolve_config(self.config)
+        configs = [resolve_config(config) for config in (self.config, *self.others)]
         OpenRegions()(graph_module)
         try:
-            plan = self._plan(graph_module, config)
+            plans = [self._plan(graph_module, number, config) for number, config in enumerate(configs)]
+            plan = list(itertools.chain.from_iterable(plans))
             probes = {str(node.target): probe for node, probe in find_probes(graph_module)}
             order = {node: place for place, node in enumerate(_list_nodes(graph_module))}
             for observation in plan:
@@ -122,13 +132,13 @@ class InsertObservers(GraphPass):
         finally:
             CloseRegions()(graph_module)
         register_check(graph_module)
-        graph_module.meta[CONFIG_KEY] = config
+        graph_module.meta[CONFIG_KEY] = configs[0]
         graph_module.meta.pop(MODULES_KEY, None)
         return modified or bool(plan)
 
-    def _plan(self, graph_module: GraphModule, config: QuantizationConfig) -> list["_Observation"]:
+    def _plan(self, graph_module: GraphModule, number: int, config: QuantizationConfig) -> list["_Observation"]:
         reads = find_reads(graph_module, config)  # without those of rule 6
-        plan = _share_observers(graph_module, reads)
+        plan = _share_observers(graph_module, reads, number)
         for observation in plan:
             observation.mask = _find_mask(observation)
         _share_across(graph_module, plan, self.share_across)
@@ -151,27 +161,30 @@ class _Observation:
     target: str = ""
     observer: Observer | None = None
     reads: list[Read] = field(default_factory=list)
+    number: int = 0
     global_group: str = ""
     mask: tuple[Node, ...] = ()
 
 
-def _share_observers(graph_module: GraphModule, reads: list[Read]) -> list[_Observation]:
-    """Rules 2, 3 and 7."""
+def _share_observers(graph_module: GraphModule, reads: list[Read], number: int) -> list[_Observation]:
+    """Rules 2, 3 and 7, of the config of a number."""
+    suffix = f"_{number}_observer" if number else "_observer"
     plan: dict[object, _Observation] = {}
     by_quantity: dict[object, _Observation] = {}
     names = Names(graph_module)
     groups: dict[object, str] = {}
     for read, value, quantity in _identify_quantities(reads):
         key = (read.graph_module, value, quantity)
-        observation = plan.setdefault(key, _Observation(by_quantity.get(quantity)))
+        observation = plan.setdefault(key, _Observation(by_quantity.get(quantity), number=number))
         first = by_quantity.setdefault(quantity, observation)
         read = replace(read, site=names.find(read, first))
         if not observation.target:
-            observation.target = first.target or f"{read.site.name}_observer"
+            observation.target = first.target or f"{read.site.name}{suffix}"
             observation.observer = _make_observer(read.site) if observation is first else first.observer
         observation.reads.append(read)
         if fused := _identify_fused(read):
-            observation.global_group = observation.global_group or groups.get(fused, read.site.name)
+            own = f"{read.site.name} {number}" if number else read.site.name
+            observation.global_group = observation.global_group or groups.get(fused, own)
             groups.setdefault(fused, observation.global_group)
     return list(plan.values())
 
@@ -256,27 +269,43 @@ def _make_observer(site: Site) -> Observer | None:
 
 
 def _insert(observation: _Observation, probes: dict[str, Probe]) -> None:
-    """Rules 4 and 5."""
+    """Rules 4, 5 and 12."""
     first = observation.reads[0]
     graph = first.graph_module.graph
     _register_probe(observation, probes)
+    names = tuple(dict.fromkeys(read.operation.node.name for read in observation.reads))
+    meta = {OPERATIONS_KEY: names, CONFIG_NUMBER_KEY: observation.number}
     if first.argument is None:
         with graph.inserting_after(first.value):
             probe = graph.call_module(observation.target, (first.value,))
-        probe.meta = dict(first.value.meta)
+        probe.meta = {**first.value.meta, **meta}
         first.value.replace_all_uses_with(probe, delete_user_cb=lambda user: user is not probe)
-    else:
+        return
+    for reads in _group_by_probe(observation.reads):
         # Tied weights have several get_attr nodes: the first reader's stands before every reader.
+        first = reads[0]
+        assert first.argument is not None
         with graph.inserting_before(first.reader):
             value = first.argument.get(first.reader)
             seen = first.weight.view.trace(graph, value) if first.weight else value
             probe = graph.call_module(observation.target, (seen,))
-            probe.meta = dict(value.meta)
+            probe.meta = {**value.meta, **meta}
             if first.weight:
                 probe = first.weight.view.trace_back(graph, probe)
-    for read in observation.reads:
-        if read.argument is not None:
+                probe.meta[CONFIG_NUMBER_KEY] = observation.number
+        for read in reads:
+            assert read.argument is not None
             read.argument.set(read.reader, probe)
+
+
+def _group_by_probe(reads: list[Read]) -> list[list[Read]]:
+    """Reads of one value, of which those are apart that have it from probes of another config that do not share it."""
+    groups: dict[object, list[Read]] = {}
+    for read in reads:
+        assert read.argument is not None
+        value = read.argument.get(read.reader)
+        groups.setdefault(value if CONFIG_NUMBER_KEY in value.meta else None, []).append(read)
+    return list(groups.values())
 
 
 def _register_probe(observation: _Observation, probes: dict[str, Probe]) -> None:

@@ -35,7 +35,7 @@ from fxmse.passes.shortcuts import ADDITION, find_shortcuts
 from fxmse.passes.stand_ins import list_modules
 from fxmse.passes.versions import Versions, list_operands
 
-__all__ = ["Read", "find_reads"]
+__all__ = ["Read", "find_reads", "find_refused"]
 
 # Of these, a row's scale depends on other rows, too.
 _SHARED_BY_ROWS = ("tensor", "block", "tensor_group")
@@ -78,6 +78,38 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
         AllLeftInFloatError: nothing of what is targeted can be quantized.
         ValueError: values that cannot be quantized as the config asks; all are named, each with its reason.
     """
+    reads, refused, left_in_float = _search(graph_module, config)
+    left = "; ".join(f"{name} ({reason})" for name, reason in left_in_float)
+    if left and not reads and not refused and not any(find_probes(graph_module)):
+        raise AllLeftInFloatError(f"all that the config targets stays in float: {left}")
+    if left:
+        warnings.warn(f"left in float: {left}", UserWarning, stacklevel=2)
+    graph_module.meta[LEFT_IN_FLOAT_KEY] = left_in_float
+    if refused:
+        names = "\n  ".join(dict.fromkeys(reason for _, reason in refused))
+        raise ValueError(f"the config asks for what cannot be quantized so:\n  {names}")
+    return reads
+
+
+def find_refused(graph_module: GraphModule, config: QuantizationConfig) -> dict[str, str]:
+    """The modules whose values cannot be quantized as ``config`` asks, each with the first reason.
+
+    Raises:
+        ValueError: there are no others.
+    """
+    reads, refused, _ = _search(graph_module, config)
+    reasons: dict[str, str] = {}
+    for path, reason in refused:
+        reasons.setdefault(path, reason)
+    if reasons and all(read.operation.path in reasons for read in reads):
+        raise ValueError(f"nothing can be quantized so: {'; '.join(reasons.values())}")
+    return reasons
+
+
+def _search(
+    graph_module: GraphModule, config: QuantizationConfig
+) -> tuple[list[Read], list[tuple[str, str]], list[tuple[str, str]]]:
+    """What is to be quantized, the modules with what cannot be so, and what stays float though it is targeted."""
     graphs = [(graph, Versions(graph)) for graph in list_open_graphs(graph_module)]
     found = [(*entry, operation) for entry in graphs for operation in _list_operations(config, *entry)]
     operations = [operation for _, _, operation in found]
@@ -89,7 +121,8 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
         {(o.path, o.class_name): o.module for o in operations if not o.has_weight},
     )
     left_in_float = [(key[0], reason) for key, (_, reason) in hidden.items() if key in matches.modules]
-    refused, reads = [], []
+    refused: list[tuple[str, str]] = []
+    reads = []
     routers = _find_unnamed_routers(config, operations)
     left_in_float += [(o.path or n.name, _ROUTER) for n, o in routers.items() if _find_scheme(o, matches, None)]
     vmapped = set(itertools.chain.from_iterable(_find_vmapped(graph) for graph, _ in graphs))
@@ -105,20 +138,10 @@ def find_reads(graph_module: GraphModule, config: QuantizationConfig) -> list[Re
             try:
                 reads.append(_make_read(graph, versions, operation, request))
             except ValueError as error:
-                refused.append(str(error))
+                refused.append((operation.path, str(error)))
     if config.kv_cache_scheme and not any(operation.is_attention for operation in operations):
         left_in_float.append(("the kv cache", "no scaled_dot_product_attention or softmax(q k) v is in the graph"))
-    left_in_float = list(dict.fromkeys(left_in_float))
-    left = "; ".join(f"{name} ({reason})" for name, reason in left_in_float)
-    if left and not reads and not refused and not any(find_probes(graph_module)):
-        raise AllLeftInFloatError(f"all that the config targets stays in float: {left}")
-    if left:
-        warnings.warn(f"left in float: {left}", UserWarning, stacklevel=2)
-    graph_module.meta[LEFT_IN_FLOAT_KEY] = left_in_float
-    if refused:
-        names = "\n  ".join(dict.fromkeys(refused))
-        raise ValueError(f"the config asks for what cannot be quantized so:\n  {names}")
-    return reads
+    return reads, refused, list(dict.fromkeys(left_in_float))
 
 
 def _list_operations(config: QuantizationConfig, graph_module: GraphModule, versions: Versions) -> list[Operation]:

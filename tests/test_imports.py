@@ -21,6 +21,7 @@ FLOORS = (
     ("passes",),
     ("calibration",),
     ("pipeline",),
+    ("analysis",),
     ("inputs", "outputs"),
     ("streaming", "llmcompressor", "pt2e"),
     ("",),  # fxmse itself, which is the public surface

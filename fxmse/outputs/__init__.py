@@ -16,4 +16,5 @@
 - ``summaries``: reports for people.
 - ``documents``: all that a report says, as data.
 - ``report_html``: that data as a page.
+- ``analyses``: what formats cost a model, for people.
 """

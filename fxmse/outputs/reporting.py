@@ -17,6 +17,7 @@ from fxmse.calibration.buffers import own_buffers
 from fxmse.calibration.observing import check_batches
 from fxmse.capture.attributes import get_attribute
 from fxmse.capture.front_ends import check_graph, copy_graph_module, split_inputs
+from fxmse.config import describe_format
 from fxmse.observers.arrangements import Experts
 from fxmse.observers.base import QPARAMS, Observer
 from fxmse.ops import DYNAMIC_FAKE_QUANTIZE, FAKE_QUANTIZE, is_fake_quantize
@@ -116,14 +117,6 @@ def _run(watched: GraphModule, batches: Iterable[Any], *, is_needed: bool) -> No
         for batch in itertools.chain(first, remaining) if is_needed else ():
             args, kwargs = split_inputs(batch)
             watched(*args, **kwargs)
-
-
-def describe_format(args: QuantizationArgs) -> str:
-    """A format in words, as in "int8 asymmetric tensor"."""
-    symmetry = "symmetric" if args.symmetric else "asymmetric"
-    size = f" {args.group_size}" if args.group_size else ""
-    dynamic = " dynamic" if args.dynamic else ""
-    return f"{args.type}{args.num_bits} {symmetry} {args.strategy}{size}{dynamic}"
 
 
 class Recorder(nn.Module):
