@@ -32,7 +32,7 @@ from fxmse.inputs.models import Source, load_source
 from fxmse.inputs.onnx import read_metadata
 from fxmse.inputs.programs import load_program
 from fxmse.inputs.weights import load_skeleton
-from fxmse.outputs.analyses import format_analysis, parse_analysis, summarise_analysis
+from fxmse.outputs.analyses import format_analysis, is_analysis, parse_analysis, summarise_analysis
 from fxmse.outputs.checkpoint import check_replaceable, check_saveable, find_tied, save_pretrained
 from fxmse.outputs.documents import make_document
 from fxmse.outputs.exporting import export, save_program
@@ -42,7 +42,7 @@ from fxmse.outputs.report_html import PAGE_SUFFIXES, check_page, read_document, 
 from fxmse.outputs.reporting import SiteReport, describe_format, report
 from fxmse.outputs.space import check_space, estimate_checkpoint, estimate_program
 from fxmse.outputs.summaries import COLUMNS, as_json, format_sites
-from fxmse.pipeline import calibrate, convert, prepare
+from fxmse.pipeline import calibrate, convert, prepare, quantize
 from fxmse.reading import check_link, read_text
 from fxmse.streaming.quantizing import StreamOptions, Workers, plan_job, run_job
 from fxmse.streaming.work import Work
@@ -219,7 +219,13 @@ def _make_parser() -> argparse.ArgumentParser:
         "70MB; scales count, too",
     )
     command.add_argument("--out", type=Path, metavar="CONFIG", help="a .yaml or .json file for what was chosen")
-    command.add_argument("--report", type=Path, metavar="FILE", help="a .json file for all that was found")
+    command.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="a .json file for all that was found, or a .html: a page of it and of the model quantized as was chosen, "
+        "or by the first of the candidates",
+    )
     command.add_argument("--exact", action="store_true", help="measure each value with it alone quantized, too; slow")
     command.add_argument(
         "--divergence",
@@ -571,10 +577,17 @@ def _analyze(options: argparse.Namespace) -> None:
                 {"config_groups": {name: ["Linear"]}, "ignore": ignore} for name in candidates if name is not None
             ]
             choice, analysis = None, analyze(source.module, configs, batches, **settings)
+        page = None
+        if options.report and options.report.suffix in PAGE_SUFFIXES:
+            quantized = quantize(source.module, choice.config if choice else configs[0], batches)
+            facts = {"model": str(options.model), "out": str(options.report)}
+            page = render_page(
+                make_document(quantized, batches[:_REPORTED_BATCHES], facts, analysis=choice or analysis)
+            )
     summary = summarise_analysis(str(options.model), analysis, choice)
     if options.report:
         with replace_file(options.report) as new:
-            new.write_text(json.dumps(summary, indent=1))
+            new.write_text(page or json.dumps(summary, indent=1), encoding="utf-8")
     if choice is not None and options.out:
         fields = choice.config.model_dump(mode="json", exclude_none=True)
         text = (
@@ -591,25 +604,27 @@ def _check_analysis_paths(options: argparse.Namespace) -> None:
         raise ValueError(f"--out {options.out}: give a --budget, by which there is something to choose")
     if options.out and options.out.suffix not in _CONFIGS:
         raise ValueError(f"--out {options.out}: expected a file that ends in {', '.join(_CONFIGS)}")
-    if options.report and options.report.suffix != ".json":
-        raise ValueError(f"--report {options.report}: expected a file that ends in .json")
+    if options.report and options.report.suffix not in (*PAGE_SUFFIXES, ".json"):
+        raise ValueError(f"--report {options.report}: expected a file that ends in .json or .html")
+    if options.report and options.report.suffix in PAGE_SUFFIXES:
+        check_page(options.report)
     for path in filter(None, (options.out, options.report)):
         check_place(path, is_folder=False)
         check_apart(path, options.model)
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    if options.out.suffix == ".json":
-        summary = parse_analysis(read_text(options.out, _ANALYSIS_LIMIT), options.out)
-        _print(json.dumps(summary, indent=1) if options.json else format_analysis(summary, show_all=options.all))
-        return
     content: str | bytes | None
     if _is_program(options.out):
         content = load_program(options.out)[1].get(REPORT_FILE)
     elif options.out.suffix in PAGE_SUFFIXES:
         content = read_document(read_text(options.out), options.out)
     elif options.out.suffix == ".json":
-        content = read_text(options.out)
+        content = read_text(options.out, _ANALYSIS_LIMIT)
+        if is_analysis(content):
+            summary = parse_analysis(content, options.out)
+            _print(json.dumps(summary, indent=1) if options.json else format_analysis(summary, show_all=options.all))
+            return
     elif _is_onnx(options.out):
         content = read_metadata(options.out).get(REPORT_FILE)
     else:

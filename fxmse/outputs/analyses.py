@@ -12,8 +12,9 @@ from tabulate import tabulate
 from fxmse.analysis.choosing import SchemeChoice
 from fxmse.analysis.results import Analysis
 
-__all__ = ["format_analysis", "parse_analysis", "summarise_analysis"]
+__all__ = ["format_analysis", "is_analysis", "parse_analysis", "summarise_analysis"]
 
+_KIND = "fxmse analysis"
 _SHOWN = 10
 _UNITS = {
     "nats": "nats, the KL divergence of a token's distribution",
@@ -36,7 +37,12 @@ def summarise_analysis(model: str, analysis: Analysis, choice: SchemeChoice | No
     chosen = choice and choice.to_dict()
     if chosen:
         del chosen["analysis"]
-    return {"kind": "fxmse analysis", "model": model, "analysis": analysis.to_dict(), "choice": chosen}
+    return {"kind": _KIND, "model": model, "analysis": analysis.to_dict(), "choice": chosen}
+
+
+def is_analysis(text: str) -> bool:
+    """Whether ``text`` says of itself that :func:`summarise_analysis` gave it."""
+    return text.lstrip("{ \n").startswith(f'"kind": "{_KIND}"')
 
 
 def parse_analysis(text: str, path: Path) -> dict[str, Any]:
