@@ -276,7 +276,7 @@ def test_convolutions_and_what_does_not_fit():
         "two.weight",
     ]
     for site in analysis.sites:
-        assert 0.3 < site.model_error / site.exact_error < 3
+        assert 0.5 < site.model_error / site.exact_error < 2
     with pytest.warns(UserWarning, match="do not fit all modules: int4 symmetric group 6 without .*group_size=6"):
         analyze(Convolutions().eval(), [config, groups], batches)
 
@@ -331,11 +331,11 @@ class Branch(nn.Module):
 
 
 def test_branches():
-    batches = [batch.abs() for batch in make_batches()]
+    batches = [batch.abs() for batch in make_batches(24)]
     analysis = analyze(Branch().eval(), [make_config(INT4), "W8A8"], batches, exact=True)
     assert {site.name for site in analysis.sites} == {"inner.weight", "inner.input", "head.weight", "head.input"}
     for site in analysis.sites:
-        assert 0.3 < site.model_error / site.exact_error < 3
+        assert 0.5 < site.model_error / site.exact_error < 2
 
 
 class InPlace(Net):

@@ -366,7 +366,7 @@ def test_the_command(llama, tmp_path, capsys):
         ([*arguments, "W4A16", "--budget", "5bits", "--out", tmp_path / "x.txt"], "expected a file that ends in .yaml"),
         ([*arguments, "W4A16", "--report", tmp_path / "x.txt"], "expected a file that ends in .json"),
         ([*arguments, "W4A16", "--budget", "3bits"], "cannot be met: the least that these candidates take is"),
-        (["inspect", tmp_path / "mixed.json"], "is no report of fxmse analyze"),
+        (["inspect", tmp_path / "mixed.json"], "that cannot be read"),
     ]:
         capsys.readouterr()
         assert run(*wrong) == 1
