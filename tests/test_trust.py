@@ -25,6 +25,7 @@ from test_imports import MODULES
 from torch import nn
 
 import fxmse
+from fxmse.calibration.ranks import Alone
 from fxmse.cli import main
 from fxmse.config import resolve_config
 from fxmse.inputs.data import read_batches
@@ -113,7 +114,7 @@ def write_texts(folder):
 
 # The file that is attacked, and what reads it; with the originals and the observed graph.
 def resume_run(out):
-    with Work(out) as work:
+    with Work(out, Alone()) as work:
         work.resume({})
 
 
@@ -127,6 +128,9 @@ ENTRIES = {
         lambda path, *_: run("quantize", path, "--scheme=FP8_DYNAMIC", "--out", f"{path}.pt2"),
     ),
     "fxmse inspect, folder": ("model/fxmse_report.json", lambda path, *_: run("inspect", path.parent)),
+    "fxmse inspect, report": ("report.json", lambda path, *_: run("inspect", path)),
+    "fxmse inspect, page": ("report.html", lambda path, *_: run("inspect", path)),
+    "fxmse inspect, ONNX": ("model.onnx", lambda path, *_: run("inspect", path)),
     "data, .pt": ("data.pt", lambda path, *_: read_with(path)),
     "data, .safetensors": ("data.safetensors", lambda path, *_: read_with(path)),
     "data, .txt": ("data.txt", lambda path, *_: read_with(path, path.parent)),
@@ -593,15 +597,19 @@ READERS = {
     },
     "mmap": {"fxmse.inputs.archive"},
     "ZipFile": {"fxmse.inputs.archive"},
-    "read_text": {"fxmse.reading", "fxmse.config", "fxmse.inputs.data", "fxmse.cli"},  # all by fxmse.reading
+    "read_text": {
+        "fxmse.reading",
+        *("fxmse.config", "fxmse.inputs.data", "fxmse.cli", "fxmse.outputs.report_html"),  # all by fxmse.reading
+    },
     "read_bytes": set(),
     "fromfile": set(),
     "safe_open": {"fxmse.inputs.weights", "fxmse.outputs.shards"},
     "load_file": {"fxmse.inputs.folders"},
     "load": {
+        "fxmse.inputs.onnx",
         "fxmse.inputs.programs",
         "fxmse.inputs.tensors",
-        "fxmse.calibration.ranks",  # of another process
+        *("fxmse.calibration.ranks", "fxmse.streaming.warming"),  # of another process
         "fxmse.observers.counting",  # its own source
         "fxmse.passes.constants",  # a tensor of a graph
         "fxmse.inputs.weights",  # its own
@@ -617,6 +625,7 @@ READERS = {
         "fxmse.observers.searches",
         "fxmse.observers.states",
         "fxmse.calibration.ranks",
+        *("fxmse.outputs.analyses", "fxmse.outputs.documents"),  # a report; what was written just before
     },
     "safe_load": {"fxmse.config"},
     "from_pretrained": {"fxmse.inputs.folders"},
@@ -624,7 +633,7 @@ READERS = {
     "copyfile": {"fxmse.outputs.checkpoint"},
     "get_value_from_registry": {
         "fxmse.observers.base",
-        *("fxmse.inputs.qparams", "fxmse.outputs.shards"),  # of an enumeration
+        *("fxmse.analysis.layers", "fxmse.inputs.qparams", "fxmse.outputs.shards"),  # of an enumeration
     },
     "import_module": set(),
     "__import__": set(),
