@@ -43,7 +43,12 @@ def compiling_meanwhile(config: QuantizationConfig, model: nn.Module, device: to
     if sum(parameter.numel() for parameter in model.parameters()) < _MIN_PARAMETERS or not requests:
         yield
         return
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    # Kernels are compiled for a number of threads.
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _COMMAND],
         stdin=subprocess.PIPE,
