@@ -356,8 +356,11 @@ def test_the_command(llama, tmp_path, capsys):
     assert run("quantize", folder / "float", "--scheme", out, *options) == 0
     assert load(tmp_path / "out").config.quantization_config is not None
     capsys.readouterr()
-    assert run(*arguments, "W4A16", "FP8") == 0
+    page = tmp_path / "page.html"
+    assert run(*arguments, "W4A16", "FP8", "--report", page) == 0
     assert "sum over values" in capsys.readouterr().out
+    assert run("inspect", page) == 0
+    assert "W4A16" in page.read_text()
     in_bytes = [*arguments, "W4A16", "FP8", "--budget", "1MB", "--out", tmp_path / "mixed.json"]
     assert run(*in_bytes) == 0
     assert json.loads((tmp_path / "mixed.json").read_text())["config_groups"].keys() == {"FP8"}
