@@ -23,7 +23,7 @@ import fxmse.search.shrinking as shrinking
 from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout
 from fxmse.observers import Observer
-from fxmse.search.compiling import compilation
+from fxmse.search.compiling import compilation, pays_to_compile, settled
 from fxmse.search.options import SearchOptions
 from fxmse.search.shrinking import shrink_ranges
 
@@ -363,3 +363,18 @@ def test_whoever_asks_for_a_search_gets_the_same_graph():
     found.append(search_value(value))
     for later in found[1:]:
         torch.testing.assert_close(later, found[0], rtol=0, atol=0, check_device=True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "num_errors", "expected"),
+    [
+        ("auto", 1 << 20, False),
+        ("auto", 1 << 40, True),
+        ("always", 1, True),
+        ("never", 1 << 40, False),
+    ],
+)
+def test_a_run_compiles_all_of_its_searches_or_none(mode, num_errors, expected):
+    value = torch.zeros(1 << 20)
+    with compilation(mode), settled(num_errors):
+        assert [pays_to_compile(("settled", mode), value, 100) for _ in range(20)] == [expected] * 20

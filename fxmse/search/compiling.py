@@ -27,6 +27,7 @@ __all__ = [
     "reads_flags",
     "rounds_each",
     "run",
+    "settled",
     "unrolls",
 ]
 
@@ -100,6 +101,22 @@ def compilation(mode: _Mode) -> Iterator[None]:
         yield
     finally:
         _mode.reset(token)
+
+
+@contextmanager
+def settled(num_errors: int) -> Iterator[None]:
+    """Decides "auto" once for all searches within a ``with`` block.
+
+    So what one finds does not depend on which were done before it, as those of a run that is gone on with.
+
+    Args:
+        num_errors: elements times candidates that will be evaluated.
+    """
+    if _mode.get() != "auto":
+        yield
+        return
+    with compilation("always" if num_errors >= _COMPILATION_WORK else "never"):
+        yield
 
 
 _mode: ContextVar[_Mode] = ContextVar("compilation", default="auto")

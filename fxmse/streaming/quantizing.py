@@ -35,6 +35,7 @@ from fxmse.passes.probe import find_inputs, find_probes
 from fxmse.passes.references import Reference, make_reference
 from fxmse.passes.trimming import observes_activations
 from fxmse.pipeline import calibrate, convert, prepare
+from fxmse.search.compiling import settled
 from fxmse.streaming.activations import Activations
 from fxmse.streaming.fingerprints import describe_run, hash_batches
 from fxmse.streaming.warming import compiling_meanwhile
@@ -47,6 +48,8 @@ __all__ = ["Job", "StreamOptions", "Workers", "plan_job", "quantize_checkpoint",
 
 _PART_SIZE = 1 << 29
 _CPU = torch.device("cpu")
+# Scales that a search evaluates, or more: it decides about compilation.
+_CANDIDATES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +284,9 @@ def run_job(
         raise ValueError("no batches: the config has values that data has to be shown to")
     check_space(out, job.num_bytes)
     path = job.skeleton.path
-    with join(check_group(workers.group), workers.timeout) as ranks, Work(out, ranks) as work:
+    num_errors = _CANDIDATES * sum(parameter.numel() for parameter in job.skeleton.model.parameters())
+    together = join(check_group(workers.group), workers.timeout)
+    with settled(num_errors), together as ranks, Work(out, ranks) as work:
         if not resume:
             work.clear()
         digest = hashlib.sha256()
