@@ -53,6 +53,16 @@ def test_what_goes_wrong_is_left_to_the_search(command, monkeypatch):
         raise KeyboardInterrupt
 
 
+def test_nothing_is_imported_from_where_the_command_was_started(tmp_path, monkeypatch):
+    (tmp_path / "fxmse_planted.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warming, "_COMMAND", "import fxmse_planted")
+    monkeypatch.setattr(warming, "_MIN_PARAMETERS", 1)
+    with warming.compiling_meanwhile(CONFIG, nn.Linear(96, 8), CPU):
+        pass
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_largest_weight_of_each_scheme_is_asked_for():
     model = nn.Sequential(nn.Linear(96, 8), nn.Linear(96, 1 << 14), nn.Conv2d(3, 999, 9))
     (request,) = warming._list_requests(CONFIG, model, CPU)

@@ -178,8 +178,15 @@ def quantize_checkpoint(
     skeleton = load_skeleton(Path(folder), dtype, trust_remote_code=trust_remote_code)
     peeked = Peeked(batches)
     job = plan_job(skeleton, config, *peeked.first, options=stream_options, device=workers.own_device)
-    make_files = lambda _: extra_files or {}  # noqa: E731
-    run_job(job, peeked, out, resume=resume, progress=progress, make_files=make_files, workers=workers)
+    run_job(
+        job,
+        peeked,
+        out,
+        resume=resume,
+        progress=progress,
+        make_files=lambda _: extra_files or {},
+        workers=workers,
+    )
 
 
 class Job(NamedTuple):

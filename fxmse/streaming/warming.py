@@ -50,7 +50,8 @@ def compiling_meanwhile(config: QuantizationConfig, model: nn.Module, device: to
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _COMMAND],
+        # -P: the folder that the command was started in, perhaps a downloaded one, is none to import from.
+        [sys.executable, "-P", "-W", "ignore", "-c", _COMMAND],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
