@@ -10,7 +10,7 @@ float model is. The cosine is that of the sentence embeddings to the float model
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,30 +77,45 @@ def compare(num_batches: int, length: int, num_runs: int) -> list[dict[str, Any]
     calibration, held_out = batches[:32], [pad(batch, length) for batch in batches[32:]]
     model = example.AutoModel.from_pretrained(folder).eval()
     program = example.export(model, calibration[0])
-    compiled, embeddings, first = {}, {}, {}
+    compiled, first = {}, {}
     for name, make in MODELS.items():
         compiled[name] = torch.compile(make(program, calibration), dynamic=False)
         first[name] = example.measure_seconds(lambda name=name: compiled[name](**held_out[0]))
-        embeddings[name] = torch.cat([example.embed(compiled[name], batch) for batch in held_out])
-    seconds: dict[str, list[float]] = {name: [] for name in MODELS}
+    return compare_runs(compiled, held_out, num_runs, "compile s", first)
+
+
+def compare_runs(
+    runs: Mapping[str, Callable[..., Any]], held_out: Batches, num_runs: int, column: str, facts: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """A row for each model: its seconds, in turn with the others', beside those of "float", and its cosine to that.
+
+    Args:
+        runs: the models by name.
+        held_out: what each run is of.
+        num_runs: of which medians are taken.
+        column: what ``facts`` are.
+        facts: one more of each model.
+    """
+    embeddings = {name: torch.cat([example.embed(run, batch) for batch in held_out]) for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(num_runs):
-        for name, run in compiled.items():
+        for name, run in runs.items():
             seconds[name].append(example.measure_seconds(lambda run=run: [run(**batch) for batch in held_out]))
     return [
         {
             "model": name,
             "s": statistics.median(seconds[name]),
             "times as fast": statistics.median(f / s for f, s in zip(seconds["float"], seconds[name], strict=True)),
-            "compile s": first[name],
+            column: facts[name],
             "cosine": F.cosine_similarity(embeddings[name], embeddings["float"]).mean().item(),
         }
-        for name in MODELS
+        for name in runs
     ]
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(compare: Callable[[int, int, int], list[dict[str, Any]]], description: str | None) -> None:
+    """Runs a benchmark, whose rows ``compare`` makes of a number of batches, their length and a number of runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--runs", type=int, default=7)
@@ -112,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(compare, __doc__)

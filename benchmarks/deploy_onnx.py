@@ -8,8 +8,6 @@ in int8 per channel and activations in uint8, of the same products: those with a
 else it can, too. The cosine is that of the sentence embeddings to the float model's. Needs the benchmarks extra.
 """
 
-import argparse
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,10 +18,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-import torch.nn.functional as F
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from tabulate import tabulate
 from torch import Tensor
 
 import fxmse
@@ -31,7 +27,7 @@ import fxmse
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import quantize_minilm as example
-from deploy import pad
+from deploy import compare_runs, main, pad
 
 Batches = list[dict[str, Tensor]]
 NUM_CALIBRATION = 8
@@ -110,37 +106,10 @@ def compare(num_batches: int, length: int, num_runs: int) -> list[dict[str, Any]
     calibration, held_out = batches[:NUM_CALIBRATION], batches[NUM_CALIBRATION:]
     with tempfile.TemporaryDirectory() as folder:
         paths = make_models(Path(folder), calibration)
-        sizes = {name: path.stat().st_size for name, path in paths.items()}
+        sizes = {name: path.stat().st_size / 1e6 for name, path in paths.items()}
         runs = {name: load(path) for name, path in paths.items()}
-    embeddings = {name: torch.cat([example.embed(run, batch) for batch in held_out]) for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(num_runs):
-        for name, run in runs.items():
-            seconds[name].append(example.measure_seconds(lambda run=run: [run(**batch) for batch in held_out]))
-    return [
-        {
-            "model": name,
-            "s": statistics.median(seconds[name]),
-            "times as fast": statistics.median(f / s for f, s in zip(seconds["float"], seconds[name], strict=True)),
-            "MB": sizes[name] / 1e6,
-            "cosine": F.cosine_similarity(embeddings[name], embeddings["float"]).mean().item(),
-        }
-        for name in runs
-    ]
-
-
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=7)
-    options = parser.parse_args()
-    rows = compare(options.batches, options.length, options.runs)
-    vnni = "with" if torch.cpu._is_vnni_supported() else "without"
-    print(f"{options.batches} batches, {torch.get_num_threads()} threads, {vnni} VNNI, {options.runs} runs, medians")
-    print(tabulate(rows, headers="keys", floatfmt=("", ".3f", ".2f", ".1f", ".4f"), tablefmt="github"))
+    return compare_runs(runs, held_out, num_runs, "MB", sizes)
 
 
 if __name__ == "__main__":
-    main()
+    main(compare, __doc__)
