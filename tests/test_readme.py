@@ -140,9 +140,16 @@ def test_commands_name_files_and_options_that_exist(page):
         for script in scripts:
             assert (ROOT / script).is_file(), command
         if command[0] == "python" and scripts:
-            source = (ROOT / scripts[0]).read_text()
+            source = read_with_its_imports(ROOT / scripts[0])
             options = [word for word in command if word.startswith("--")]
             assert all(f'"{option}"' in source for option in options), command
+
+
+def read_with_its_imports(script):
+    """The text of a script and of the modules beside it that it imports from: one of them may parse the options."""
+    text = script.read_text()
+    beside = [script.parent / f"{name}.py" for name in re.findall(r"^from (\w+) import", text, re.MULTILINE)]
+    return "".join([text, *(path.read_text() for path in beside if path.is_file())])
 
 
 @pytest.mark.parametrize("page", PAGES)
