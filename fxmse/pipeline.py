@@ -26,15 +26,17 @@ from fxmse.passes.probe import Probe, check_unobserved
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torchao.quantization.pt2e.quantizer import Quantizer
 
 __all__ = ["calibrate", "convert", "prepare", "quantize"]
 
 
 def prepare(
     model: nn.Module | ExportedProgram,
-    config: Config,
+    config: Config | None = None,
     example_inputs: Any = None,
     *,
+    quantizer: "Quantizer | None" = None,
     dynamic_shapes: Any = None,
     share_across: tuple[str, ...] = (),
     fold_batch_norm: bool = False,
@@ -48,6 +50,8 @@ def prepare(
         config: a config, a scheme, a preset's name, a mapping of a config's fields, or the path of a JSON or YAML file
             of one (:func:`fxmse.config.resolve_config`).
         example_inputs: a dict of keyword arguments, a tuple of positional ones, or a tensor.
+        quantizer: one of torchao's, as X86InductorQuantizer, instead of ``config``: what it annotates is quantized, and
+            batch norms are folded first, as ``prepare_pt2e`` does.
         dynamic_shapes: for a module that is exported, as torch.export takes it; by default dimensions may vary.
         share_across: ops, "cat" or "add", whose observed inputs and output share their scale.
         fold_batch_norm: fold batch norms into the layers before them first, whose weights are then quantized with them
@@ -66,10 +70,13 @@ def prepare(
         ValueError: a config that matches nothing or does not fit; a graph that has observers, or was quantized already.
     """
     check_unobserved(model)
+    insert = InsertObservers(
+        config, share_across, moe_calibrate_all_experts, bias_correction=bias_correction, quantizer=quantizer
+    )
     observed = capture(model, example_inputs, dynamic_shapes)
-    if fold_batch_norm:
+    if fold_batch_norm or quantizer is not None:
         FoldBatchNorm()(observed)
-    InsertObservers(config, share_across, moe_calibrate_all_experts, bias_correction)(observed)
+    insert(observed)
     return observed
 
 
@@ -196,9 +203,10 @@ def convert(
 
 def quantize(
     model: nn.Module | ExportedProgram,
-    config: Config,
+    config: Config | None = None,
     batches: Iterable[Any] = (),
     *,
+    quantizer: "Quantizer | None" = None,
     dynamic_shapes: Any = None,
     share_across: tuple[str, ...] = (),
     fold_batch_norm: bool = False,
@@ -215,6 +223,7 @@ def quantize(
         model,
         config,
         example,
+        quantizer=quantizer,
         dynamic_shapes=dynamic_shapes,
         share_across=share_across,
         fold_batch_norm=fold_batch_norm,

@@ -34,6 +34,9 @@ class PT2EObserver(UniformQuantizationObserverBase):
         ch_axis: of a scheme per channel, the dimension of channels.
         arguments: those of PT2E's own: dtype, qscheme, quant_min, quant_max, eps.
 
+    Attributes:
+        requested: the observer's name and arguments.
+
     Raises:
         ValueError: a name that is not registered, or arguments that the observer does not have.
     """
@@ -47,6 +50,7 @@ class PT2EObserver(UniformQuantizationObserverBase):
     ) -> None:
         super().__init__(**arguments)
         self.ch_axis = ch_axis
+        self.requested = (observer, dict(observer_kwargs or {}))
         self._is_by_channel = self.qscheme in _PER_CHANNEL
         args = QuantizationArgs(
             num_bits=math.ceil(math.log2(self.quant_max - self.quant_min + 1)),

@@ -28,6 +28,7 @@ What they look for in a graph:
 - ``shortcuts``: what is added to the output of convolutions.
 - ``joins``: ops that join several values.
 - ``reads``: a config and a graph become sites.
+- ``annotations``: a quantizer of PT2E's and a graph become sites.
 - ``naming``: what these are called.
 - ``arranging``: which rows of a weight meet which tokens.
 - ``input_nodes``: nodes on the values that meet weights.

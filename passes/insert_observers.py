@@ -2,10 +2,10 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from compressed_tensors.quantization import QuantizationConfig
 from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import list_graphs, make_container
@@ -16,6 +16,7 @@ from fxmse.observers.input_aware import InputAwareObserver
 from fxmse.observers.inputs import Products
 from fxmse.ops import is_fake_quantize
 from fxmse.passes.all_experts import show_all_experts
+from fxmse.passes.annotations import AnnotatedReads, find_annotated_reads
 from fxmse.passes.arranging import find_arrangement
 from fxmse.passes.base import GraphPass
 from fxmse.passes.bias_correction import BiasedOp, insert_means
@@ -33,6 +34,9 @@ from fxmse.passes.operation import Weight
 from fxmse.passes.probe import Probe, find_probes, skip_probes
 from fxmse.passes.reads import Read, find_reads
 from fxmse.passes.weight_view import WeightView
+
+if TYPE_CHECKING:
+    from torchao.quantization.pt2e.quantizer import Quantizer
 
 __all__ = ["CONFIG_NUMBER_KEY", "OPERATIONS_KEY", "InsertObservers"]
 
@@ -74,6 +78,8 @@ class InsertObservers(GraphPass):
         (:func:`fxmse.passes.bias_correction.insert_means`).
     12. Each of ``others`` has probes of its own on the values, in a row with the first config's: all formats of a value
         are searched while data runs once. Such a graph is to be compared (``fxmse.analyze``), not folded.
+    13. With ``quantizer`` the sites are what that annotates (:mod:`fxmse.passes.annotations`), and share what it says,
+        instead of rule 3. Fused attention stays.
 
     The observed graph computes what it computed before, bit for bit. It loads no state of another calibration
     (:mod:`fxmse.passes.loading`).
@@ -85,20 +91,26 @@ class InsertObservers(GraphPass):
         moe_calibrate_all_experts: rule 10; False observes each expert with the tokens that its router chooses for it.
         bias_correction: keep the means of inputs, with which biases are corrected once the probes are folded.
         others: rule 12.
+        quantizer: rule 13, instead of ``config``.
 
     Raises:
         ValueError: the config matches nothing; values that do not fit their formats (all are named); the graph is
-            folded; an op in ``share_across`` that is not known.
+            folded; an op in ``share_across`` that is not known; a config and a quantizer, or neither.
     """
 
-    config: Config
+    config: Config | None = None
     share_across: tuple[str, ...] = ()
     moe_calibrate_all_experts: bool = True
     bias_correction: bool = False
     others: tuple[Config, ...] = ()
+    quantizer: "Quantizer | None" = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an op that cannot be shared across."""
+        """Raises ValueError for an op that cannot be shared across, and for what does not say what is quantized."""
+        if (self.config is None) == (self.quantizer is None):
+            raise ValueError(
+                f"config={self.config!r}, quantizer={self.quantizer!r}: expected one of them, to say what is quantized"
+            )
         for name in self.share_across:
             if name not in JOINS:
                 raise ValueError(f"share_across has {name!r}: expected some of {', '.join(JOINS)}")
@@ -113,11 +125,15 @@ class InsertObservers(GraphPass):
         # Rule 1.
         modified = InlineRegions()(graph_module).modified
         modified |= FunctionalizeModules()(graph_module).modified
-        modified |= DecomposeAttention()(graph_module).modified
-        configs = [resolve_config(config) for config in (self.config, *self.others)]
+        if self.quantizer is None:
+            modified |= DecomposeAttention()(graph_module).modified
+        configs = [resolve_config(config) for config in (self.config, *self.others) if config is not None]
         OpenRegions()(graph_module)
         try:
-            plans = [self._plan(graph_module, number, config) for number, config in enumerate(configs)]
+            found = [AnnotatedReads(find_reads(graph_module, config), []) for config in configs]  # not those of rule 6
+            if self.quantizer is not None:
+                found = [find_annotated_reads(graph_module, self.quantizer)]
+            plans = [self._plan(graph_module, number, *reads) for number, reads in enumerate(found)]
             plan = list(itertools.chain.from_iterable(plans))
             probes = {str(node.target): probe for node, probe in find_probes(graph_module)}
             order = {node: place for place, node in enumerate(_list_nodes(graph_module))}
@@ -132,16 +148,19 @@ class InsertObservers(GraphPass):
         finally:
             CloseRegions()(graph_module)
         register_check(graph_module)
-        graph_module.meta[CONFIG_KEY] = configs[0]
+        if configs:
+            graph_module.meta[CONFIG_KEY] = configs[0]
         graph_module.meta.pop(MODULES_KEY, None)
         return modified or bool(plan)
 
-    def _plan(self, graph_module: GraphModule, number: int, config: QuantizationConfig) -> list["_Observation"]:
-        reads = find_reads(graph_module, config)  # without those of rule 6
-        plan = _share_observers(graph_module, reads, number)
+    def _plan(
+        self, graph_module: GraphModule, number: int, reads: list[Read], joined: list[list[Node]]
+    ) -> list["_Observation"]:
+        plan = _share_observers(graph_module, reads, number, by_layer=self.quantizer is None)
         for observation in plan:
             observation.mask = _find_mask(observation)
-        _share_across(graph_module, plan, self.share_across)
+        by_ops = (find_joined_values(graph, self.share_across) for graph in list_open_graphs(graph_module))
+        _share_across(plan, itertools.chain(joined, *by_ops))
         return plan
 
 
@@ -166,14 +185,14 @@ class _Observation:
     mask: tuple[Node, ...] = ()
 
 
-def _share_observers(graph_module: GraphModule, reads: list[Read], number: int) -> list[_Observation]:
-    """Rules 2, 3 and 7, of the config of a number."""
+def _share_observers(graph_module: GraphModule, reads: list[Read], number: int, by_layer: bool) -> list[_Observation]:
+    """Rules 2, 3 (with ``by_layer``) and 7, of the config of a number."""
     suffix = f"_{number}_observer" if number else "_observer"
     plan: dict[object, _Observation] = {}
     by_quantity: dict[object, _Observation] = {}
     names = Names(graph_module)
     groups: dict[object, str] = {}
-    for read, value, quantity in _identify_quantities(reads):
+    for read, value, quantity in _identify_quantities(reads, by_layer):
         key = (read.graph_module, value, quantity)
         observation = plan.setdefault(key, _Observation(by_quantity.get(quantity), number=number))
         first = by_quantity.setdefault(quantity, observation)
@@ -189,15 +208,15 @@ def _share_observers(graph_module: GraphModule, reads: list[Read], number: int) 
     return list(plan.values())
 
 
-def _identify_quantities(reads: list[Read]) -> Iterator[tuple[Read, object, object]]:
+def _identify_quantities(reads: list[Read], by_layer: bool) -> Iterator[tuple[Read, object, object]]:
     """Each read with its value and its quantity: all values that its layer reads, and how they are quantized."""
     values = [_identify_value(read) for read in reads]
-    layers = [_identify_layer(read, value) for read, value in zip(reads, values, strict=True)]
-    by_layer: defaultdict[object, set[object]] = defaultdict(set)
+    layers = [_identify_layer(read, value) if by_layer else value for read, value in zip(reads, values, strict=True)]
+    quantities: defaultdict[object, set[object]] = defaultdict(set)
     for layer, value in zip(layers, values, strict=True):
-        by_layer[layer].add(value)
+        quantities[layer].add(value)
     for read, value, layer in zip(reads, values, layers, strict=True):
-        yield read, value, frozenset(by_layer[layer])
+        yield read, value, frozenset(quantities[layer])
 
 
 def _identify_value(read: Read) -> object:
@@ -239,14 +258,13 @@ def _identify_fused(read: Read) -> object:
     return value, matrices, args.num_bits, args.type, args.group_size, args.scale_dtype
 
 
-def _share_across(graph_module: GraphModule, plan: list[_Observation], names: tuple[str, ...]) -> None:
+def _share_across(plan: list[_Observation], joined: Iterable[list[Node]]) -> None:
     """Gives the observations of values that are joined one observer, where their arguments are equal."""
     by_node: defaultdict[Node, list[_Observation]] = defaultdict(list)
     for observation in plan:
         if observation.observer and not observation.reads[0].weight:
             by_node[observation.reads[0].value].append(observation)
-    joined = (find_joined_values(graph, names) for graph in list_open_graphs(graph_module))
-    for values in itertools.chain.from_iterable(joined):
+    for values in joined:
         by_arguments: dict[str, list[_Observation]] = {}
         for observation in itertools.chain.from_iterable(by_node.get(value, ()) for value in values):
             by_arguments.setdefault(repr(observation.reads[0].site.args), []).append(observation)

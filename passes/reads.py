@@ -35,7 +35,7 @@ from fxmse.passes.shortcuts import ADDITION, find_shortcuts
 from fxmse.passes.stand_ins import list_modules
 from fxmse.passes.versions import Versions, list_operands
 
-__all__ = ["Read", "find_reads", "find_refused"]
+__all__ = ["Read", "Request", "find_reads", "find_refused", "make_read"]
 
 # Of these, a row's scale depends on other rows, too.
 _SHARED_BY_ROWS = ("tensor", "block", "tensor_group")
@@ -136,7 +136,7 @@ def _search(
             continue  # an input alone would bring an error without any gain
         for request in _list_requests(graph, operation, scheme):
             try:
-                reads.append(_make_read(graph, versions, operation, request))
+                reads.append(make_read(graph, versions, operation, request))
             except ValueError as error:
                 refused.append((operation.path, str(error)))
     if config.kv_cache_scheme and not any(operation.is_attention for operation in operations):
@@ -270,33 +270,44 @@ def _list_left_in_float(
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What a scheme asks for, before it is known whether it can be done."""
+class Request:
+    """What a scheme asks for, before it is known whether it can be done.
+
+    Attributes:
+        role: the site's.
+        prefix: the site's.
+        args: the format.
+        value: a node, or whatever else stands where an activation should.
+        reader: the node that reads it.
+        argument: where; None stands for every reader.
+        weight: what the value is the weight of.
+        is_channels_last: whether the last dimension of an activation is the channels'.
+    """
 
     role: str
     prefix: str
     args: QuantizationArgs
-    value: Any  # a node, or whatever else stands where an activation should
+    value: Any
     reader: Node
     argument: Argument | None
     weight: Weight | None = None
     is_channels_last: bool = True
 
 
-def _list_requests(graph_module: GraphModule, operation: Operation, scheme: QuantizationScheme) -> Iterator[_Request]:
+def _list_requests(graph_module: GraphModule, operation: Operation, scheme: QuantizationScheme) -> Iterator[Request]:
     node, weight = operation.node, operation.weight
     if weight and weight.as_read and scheme.weights and scheme.weights.strategy in _SHARED_BY_ROWS:
         weight = weight.as_read  # rows that it does not read shall not have a say
     leaf = weight.name.rpartition(".")[2] if weight else "weight"
     prefix = "" if leaf == "weight" else f"{leaf}_"
     if scheme.weights and weight and not weight.is_observed:
-        yield _Request("weight", prefix, scheme.weights, weight.value, weight.reader, weight.argument, weight)
+        yield Request("weight", prefix, scheme.weights, weight.value, weight.reader, weight.argument, weight)
     for operand in operation.operands:
         value = operand.argument.get(operand.reader)
         # A kv cache, whose scheme has no targets, holds no queries.
         is_wanted = scheme.input_activations and (scheme.targets or operand.role != "q")
         if is_wanted and scheme.input_activations and not find_probe(graph_module, value):
-            yield _Request(
+            yield Request(
                 operand.role,
                 f"{prefix}{operand.prefix}",
                 scheme.input_activations,
@@ -308,11 +319,11 @@ def _list_requests(graph_module: GraphModule, operation: Operation, scheme: Quan
     if scheme.output_activations:
         probes = [probe for user in node.users if (probe := find_probe(graph_module, user))]
         if not any(site.role == "output" for probe in probes for site in probe.sites):
-            yield _Request("output", prefix, scheme.output_activations, node, node, None)
+            yield Request("output", prefix, scheme.output_activations, node, node, None)
 
 
-def _make_read(graph_module: GraphModule, versions: Versions, operation: Operation, request: _Request) -> Read:
-    """Raises ValueError for what cannot be, as far as the graph knows now."""
+def make_read(graph_module: GraphModule, versions: Versions, operation: Operation, request: Request) -> Read:
+    """What an operation is asked for; raises ValueError for what cannot be, as far as the graph knows now."""
     site = make_site(operation.path, request.prefix, request.role, request.args)
     if not request.is_channels_last and site.args.strategy != "tensor":
         raise ValueError(

@@ -107,8 +107,10 @@ def save_pretrained(
     check_replaceable(Path(path), str(model.name_or_path or ""))
     sites, blocks = read_sites(quantized)
     config = quantized.meta.get(CONFIG_KEY)
-    if not sites or config is None:
+    if not sites:
         raise ValueError("the graph has no fake-quantize nodes that fxmse folded: make it with fxmse.convert")
+    if config is None:
+        raise ValueError("the graph was quantized by a quantizer's annotations, which no checkpoint has: use a config")
     prepared, sites, ignored = prepare_model(_share_parameters(model), config, sites, blocks)
     _set_values(prepared, quantized, sites)
     compressor = ModelCompressor.from_pretrained_model(prepared)

@@ -80,7 +80,9 @@ def export_onnx(
     model = _translate(program, opset)
     _store_types(model)
     _keep_products(model)
-    model.metadata_props.update({"fxmse.config": quantized.meta[CONFIG_KEY].model_dump_json(), **(metadata or {})})
+    if config := quantized.meta.get(CONFIG_KEY):  # what a quantizer annotated has none
+        model.metadata_props["fxmse.config"] = config.model_dump_json()
+    model.metadata_props.update(metadata or {})
     _save(model, Path(path))
     return opset
 
