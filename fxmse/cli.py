@@ -26,22 +26,24 @@ from torch.utils._pytree import tree_map_only
 
 from fxmse.analysis.choosing import choose_schemes
 from fxmse.analysis.sensitivity import analyze
-from fxmse.config import Config, name_weight_observer, resolve_config
+from fxmse.config import CONFIG_KEY, Config, name_weight_observer, resolve_config
 from fxmse.inputs.data import Choice, check_batches, find_batch_size, order_inputs, read_batches, take_inputs
 from fxmse.inputs.models import Source, load_source
 from fxmse.inputs.onnx import read_metadata
 from fxmse.inputs.programs import load_program
 from fxmse.inputs.weights import load_skeleton
 from fxmse.outputs.analyses import format_analysis, is_analysis, parse_analysis, summarise_analysis
-from fxmse.outputs.checkpoint import check_replaceable, check_saveable, find_tied, save_pretrained
+from fxmse.outputs.checkpoint import check_replaceable, find_tied, save_pretrained
 from fxmse.outputs.documents import make_document
 from fxmse.outputs.exporting import export, save_program
 from fxmse.outputs.files import check_apart, check_place, replace_file
 from fxmse.outputs.onnx import check_onnx, export_onnx
 from fxmse.outputs.report_html import PAGE_SUFFIXES, check_page, read_document, render_json, render_page
 from fxmse.outputs.reporting import SiteReport, describe_format, report
-from fxmse.outputs.space import check_space, estimate_checkpoint, estimate_program
+from fxmse.outputs.shards import Shards
+from fxmse.outputs.space import check_space, estimate_onnx, estimate_program
 from fxmse.outputs.summaries import COLUMNS, as_json, format_sites
+from fxmse.passes.probe import find_probes
 from fxmse.pipeline import calibrate, convert, prepare, quantize
 from fxmse.reading import check_link, read_text
 from fxmse.streaming.quantizing import StreamOptions, Workers, plan_job, run_job
@@ -451,10 +453,10 @@ def _check_output(options: argparse.Namespace, observed: GraphModule, source: So
     if _is_program(options.out):
         check_space(options.out, estimate_program(observed))
     elif _is_onnx(options.out):
-        check_space(options.out, estimate_checkpoint(observed, observed))
+        check_space(options.out, estimate_onnx(observed))
     else:
-        check_saveable(observed, source.model)
-        check_space(options.out, estimate_checkpoint(observed, source.model))
+        sites = [site for _, probe in find_probes(observed) for site in probe.sites]
+        check_space(options.out, Shards(source.model, observed.meta[CONFIG_KEY], sites).measure())
 
 
 def _ignore_tied(config: Config, model: Any) -> QuantizationConfig:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxmse
-from fxmse.config import resolve_config
-from fxmse.outputs.checkpoint import _foresee_qparams, check_saveable, find_tied, read_sites
-from fxmse.outputs.space import estimate_checkpoint
+from fxmse.config import CONFIG_KEY, resolve_config
+from fxmse.outputs.checkpoint import _foresee_qparams, find_tied, read_sites
+from fxmse.outputs.shards import Shards
 from fxmse.passes.probe import find_probes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -342,19 +342,24 @@ def test_a_tied_weight_is_named(tmp_path):
         fxmse.save_pretrained(quantized, model, tmp_path / "out")
 
 
+def plan_shards(observed, model):
+    sites = [site for _, probe in find_probes(observed) for site in probe.sites]
+    return Shards(model, observed.meta[CONFIG_KEY], sites)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_can_be_saved_is_known_before_the_search(llama, checkpoints, name):
     folder, graphs, _ = checkpoints
     model, program = llama[torch.bfloat16 if name in IN_BFLOAT16 else torch.float32]
     observed = fxmse.prepare(program, CONFIGS[name])
-    check_saveable(observed, model)
+    size = plan_shards(observed, model).measure()
     foreseen = {s.name: set(_foresee_qparams(s.args)) for _, probe in find_probes(observed) for s in probe.sites}
     found = {
         site: {k for k, v in qparams.items() if v is not None} for site, qparams in read_sites(graphs[name])[0].items()
     }
     assert foreseen == found
-    size = (folder / name / "model.safetensors").stat().st_size
-    assert 0.6 * size < estimate_checkpoint(observed, model) <= size
+    expected = sum(tensor.nbytes for tensor in load_file(folder / name / "model.safetensors").values())
+    assert expected <= size <= 1.01 * expected
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
@@ -362,11 +367,11 @@ def test_what_cannot_be_saved_is_known_before_the_search(llama):
     _, program = llama[torch.float32]
     observed = fxmse.prepare(program, CONFIGS["FP8"])
     with pytest.raises(ValueError, match=r"model is a Linear: expected a transformers.PreTrainedModel"):
-        check_saveable(observed, nn.Linear(2, 2))
+        plan_shards(observed, nn.Linear(2, 2))
     model, inputs = ARCHITECTURES["GPT-2"].make_model(), ARCHITECTURES["GPT-2"].make_inputs(2, 0)
     config = resolve_config({"config_groups": {"FP8_BLOCK": ["re:.*lm_head"]}})
     with pytest.raises(ValueError, match=r"wte.weight and lm_head.weight are one tied parameter.*ignore list"):
-        check_saveable(fxmse.prepare(export(model, inputs), config), model)
+        plan_shards(fxmse.prepare(export(model, inputs), config), model)
     assert find_tied(config, model) == {"lm_head": "transformer.wte.weight and lm_head.weight"}
     assert not find_tied(config.model_copy(update={"ignore": ["lm_head"]}), model)
 

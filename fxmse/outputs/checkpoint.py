@@ -32,12 +32,11 @@ from fxmse.outputs.experts import Sites, split_experts
 from fxmse.outputs.files import check_apart, check_place, replace_folder
 from fxmse.passes.fold_fake_quant import SITES_KEY
 from fxmse.passes.open_regions import OpenRegions, list_open_graphs
-from fxmse.passes.probe import find_probes
 from fxmse.reading import check_file, check_link, read_json
 
 __all__ = [
+    "check_model",
     "check_replaceable",
-    "check_saveable",
     "copy_tokenizer",
     "find_homes",
     "find_places",
@@ -103,7 +102,7 @@ def save_pretrained(
     from compressed_tensors.compressors import ModelCompressor
 
     check_graph(quantized, "fxmse.convert")
-    _check_model(model)
+    check_model(model)
     check_replaceable(Path(path), str(model.name_or_path or ""))
     sites, blocks = read_sites(quantized)
     config = quantized.meta.get(CONFIG_KEY)
@@ -145,24 +144,6 @@ def _set_values(prepared: nn.Module, quantized: GraphModule, sites: Sites) -> No
             module.bias = nn.Parameter(bias, requires_grad=False)
 
 
-def check_saveable(observed: GraphModule, model: nn.Module) -> None:
-    """Raises ValueError for what :func:`save_pretrained` will refuse, before anything is searched.
-
-    Args:
-        observed: a graph of ``model`` from ``fxmse.prepare``.
-        model: the float model; its values are not looked at, and may be on the meta device.
-
-    Raises:
-        ValueError: another kind of model; tied weights; values that a checkpoint has no place for (all are named).
-    """
-    _check_model(model)
-    sites, blocks = foresee(site for _, probe in find_probes(observed) for site in probe.sites)
-    memo: dict[int, Any] = {id(t): t.detach().to("meta") for t in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-    prepared, sites, _ = prepare_model(copy.deepcopy(model, memo), observed.meta[CONFIG_KEY], sites, blocks)
-    find_places(prepared, {site: list(kinds) for site, kinds in sites.items()})
-
-
 def find_tied(config: QuantizationConfig, model: nn.Module) -> dict[str, str]:
     """The modules that a config quantizes though their weights are tied, each with the parameters that are one.
 
@@ -178,7 +159,8 @@ def find_tied(config: QuantizationConfig, model: nn.Module) -> dict[str, str]:
     }
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raises ValueError for a model that is not of transformers, whose checkpoints these are."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxmse.config import Site
-from fxmse.outputs.checkpoint import find_homes, find_places, foresee, prepare_model, warn_of_dtype
+from fxmse.outputs.checkpoint import check_model, find_homes, find_places, foresee, prepare_model
 from fxmse.outputs.experts import Experts, Sites
 from fxmse.outputs.files import replace_file
 
@@ -41,7 +41,8 @@ class Shards:
             back to those.
 
     Raises:
-        ValueError: tied parameters, or values that such a checkpoint has no place for.
+        ValueError: another kind of model; tied parameters; values that such a checkpoint has no place for (all are
+            named).
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Shards:
     ) -> None:
         from compressed_tensors.compressors import ModelCompressor
 
+        check_model(model)
         foreseen, self._blocks = foresee(sites)
         copied = _copy_on_meta(model)
         copied._weight_conversions = list(conversions) or None  # as from_pretrained leaves them
@@ -61,7 +63,6 @@ class Shards:
         self._compressor = ModelCompressor.from_pretrained_model(self.model)
         if self._compressor.quantization_config:
             self._compressor.quantization_config.ignore += ignored
-        warn_of_dtype(self.model)
 
     def measure(self) -> int:
         """The bytes of all tensors of the checkpoint, or a little more: zero points before they are packed."""

@@ -4,12 +4,11 @@ import math
 import shutil
 from pathlib import Path
 
-from torch import nn
 from torch.fx import GraphModule
 
 from fxmse.passes.constants import find_weights
 
-__all__ = ["check_space", "estimate_checkpoint", "estimate_program"]
+__all__ = ["check_space", "estimate_onnx", "estimate_program"]
 
 
 def check_space(path: Path, num_bytes: int) -> None:
@@ -28,9 +27,9 @@ def estimate_program(observed: GraphModule) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def estimate_checkpoint(observed: GraphModule, model: nn.Module) -> int:
-    """Bytes that a checkpoint has at least: the parameters, those that are quantized in their bits, without scales."""
-    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+def estimate_onnx(observed: GraphModule) -> int:
+    """Bytes that an ONNX model has at least: the parameters, those that are quantized in their bits, without scales."""
+    num_bytes = sum(parameter.nbytes for parameter in observed.parameters())
     for probe, rows in find_weights(observed).items():
         num_bytes -= rows.nbytes - math.ceil(rows.numel() * probe.sites[0].args.num_bits / 8)
     return num_bytes

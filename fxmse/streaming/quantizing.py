@@ -24,7 +24,7 @@ from fxmse.capture.front_ends import split_inputs
 from fxmse.config import CONFIG_KEY, Config, Site, resolve_config
 from fxmse.inputs.weights import Skeleton, load_skeleton
 from fxmse.observers.inputs import Products
-from fxmse.outputs.checkpoint import check_replaceable, copy_tokenizer, read_biases, read_sites
+from fxmse.outputs.checkpoint import check_replaceable, copy_tokenizer, read_biases, read_sites, warn_of_dtype
 from fxmse.outputs.experts import Sites
 from fxmse.outputs.reporting import SiteReport, report
 from fxmse.outputs.shards import Shards
@@ -250,6 +250,7 @@ def plan_job(
     resolved = observed.meta[CONFIG_KEY]
     sites = [site for _, probe in find_probes(observed) for site in probe.sites]
     shards = Shards(skeleton.model, resolved, sites, skeleton.weights.conversions)
+    warn_of_dtype(shards.model)
     return Job(
         skeleton,
         resolved,
