@@ -1,27 +1,30 @@
 """fxmse's observers and searches inside of llm-compressor.
 
-Importing this registers the observer ``exact_mse`` with llm-compressor, so that its recipes can name it; within
-:func:`accelerated` its own MSE observers search by fxmse's compiled search.
+Importing this registers the observers ``exact_mse`` and ``output_mse`` with llm-compressor, so that its recipes can
+name them; within :func:`accelerated` its own MSE observers search by fxmse's compiled search.
 """
 
 import importlib.metadata
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.utils.hooks import RemovableHandle
 
 from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout
 from fxmse.observers import Observer
 from fxmse.observers.imatrix import ImportanceMSEOptions
+from fxmse.observers.inputs import Products
+from fxmse.observers.output import OutputMSEObserver as FXMSEOutputMSEObserver
 from fxmse.search.options import SearchOptions
 from fxmse.search.shrinking import shrink_ranges
 
-__all__ = ["ExactMSEObserver", "accelerated"]
+__all__ = ["ExactMSEObserver", "OutputMSEObserver", "accelerated"]
 
 _TESTED = "0.14."
 
@@ -41,26 +44,30 @@ def _check_version() -> None:
 
 _check_version()
 
+from llmcompressor.modifiers.utils.hooks import HooksMixin  # noqa: E402
 from llmcompressor.observers import Observer as LLMCompressorObserver  # noqa: E402
 from llmcompressor.observers import imatrix, mse  # noqa: E402
 
 
-@LLMCompressorObserver.register("exact_mse")
-class ExactMSEObserver(LLMCompressorObserver):
-    """:class:`fxmse.observers.exact.ExactMSEObserver` as llm-compressor calls observers.
+class _Adapter(LLMCompressorObserver):
+    """An observer of fxmse's as llm-compressor calls observers.
 
-    Arguments are that observer's, but for what needs the values that meet a weight (``importance``). Scales are above
-    0 (``negative_scale`` is False): llm-compressor stores ranges. A global scale is llm-compressor's, which covers the
-    ranges of all weights that are fused.
+    Scales are above 0 (``negative_scale`` is False): llm-compressor stores ranges. A global scale is llm-compressor's,
+    which covers the ranges of all weights that are fused.
     """
+
+    fxmse_name: ClassVar[str]
+    """The observer's name."""
+    missing: ClassVar[tuple[str, ...]] = ("negative_scale",)
+    """The arguments of that observer that mean nothing here."""
 
     def __init__(self, base_name: str, args: QuantizationArgs, **observer_kwargs: Any) -> None:
         super().__init__(base_name, args, **observer_kwargs)
         options = {"negative_scale": False, **self.args.observer_kwargs}
-        for name in ("importance", "negative_scale"):
+        for name in self.missing:
             if options.get(name):
-                raise ValueError(f"exact_mse has no {name}=True in llm-compressor: expected False")
-        self._observer = Observer.load_from_registry("exact_mse", base_name=base_name, args=args, **options)
+                raise ValueError(f"{self.fxmse_name} has no {name}={options[name]!r} in llm-compressor: leave it out")
+        self._observer = Observer.load_from_registry(self.fxmse_name, base_name=base_name, args=args, **options)
         self._found: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -103,7 +110,7 @@ class ExactMSEObserver(LLMCompressorObserver):
         raise NotImplementedError
 
     @torch.no_grad()
-    def forward(self, observed: Tensor) -> "ExactMSEObserver":
+    def forward(self, observed: Tensor) -> "_Adapter":
         """Takes one more value into account."""
         if observed.numel() and not (self.is_weight_obs and self.has_statistics):
             self._observer(observed)
@@ -120,6 +127,60 @@ class ExactMSEObserver(LLMCompressorObserver):
         qparams = self._observer.get_qparams()
         self.delete_statistics()
         return qparams
+
+
+@LLMCompressorObserver.register("exact_mse")
+class ExactMSEObserver(_Adapter):
+    """:class:`fxmse.observers.exact.ExactMSEObserver`, but for what needs the values that meet a weight."""
+
+    fxmse_name = "exact_mse"
+    missing = ("negative_scale", "importance")
+
+
+@LLMCompressorObserver.register("output_mse")
+class OutputMSEObserver(_Adapter):
+    """:class:`fxmse.observers.output.OutputMSEObserver`, of a linear's weight.
+
+    It sees the linear's inputs through the hook by which ``imatrix_mse`` does. llm-compressor knows that one alone, so
+    a recipe that quantizes weights only has to say ``requires_calibration_data=True``.
+    """
+
+    fxmse_name = "output_mse"
+    missing = ("negative_scale", "mask")
+    _act_sync_dict: ClassVar[dict[str, Any]] = dict.fromkeys(("_products", "_num_tokens"), distributed.ReduceOp.SUM)
+    _hook: RemovableHandle | None = None
+
+    @property
+    def _inputs(self) -> Products:
+        assert isinstance(self._observer, FXMSEOutputMSEObserver)
+        assert isinstance(self._observer.inputs, Products)
+        return self._observer.inputs
+
+    @property
+    def _products(self) -> Tensor | None:
+        return self._inputs.products
+
+    @property
+    def _num_tokens(self) -> Tensor | None:
+        return self._inputs.num_tokens
+
+    def attach(self, module: nn.Module) -> None:
+        """Has the inputs of a linear be seen."""
+        self.detach(module)
+        if isinstance(module, nn.Linear):
+            self._hook = module.register_forward_pre_hook(self._show)
+
+    def detach(self, module: nn.Module) -> None:
+        """Has them be seen no more, and forgets them."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+        self._inputs.state = self._inputs.init()
+
+    @torch.no_grad()
+    def _show(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not HooksMixin._HOOKS_DISABLED or self._hook in HooksMixin._HOOKS_KEEP_ENABLED:
+            self._inputs(args[0])
 
 
 @contextmanager

@@ -12,11 +12,13 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.observers import Observer as LLMCompressorObserver
 from safetensors.torch import load_file
 from test_observers import assert_same_qparams
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch import nn
 
 import fxmse.observers
 from fxmse.llmcompressor import _check_version, accelerated
@@ -99,10 +101,36 @@ def test_exact_mse_of_activations_and_what_it_has_not():
     assert not observer.has_statistics
     assert not hasattr(observer, "min_vals")
     for name in ("importance", "negative_scale"):
-        with pytest.raises(ValueError, match=f"exact_mse has no {name}=True in llm-compressor"):
+        with pytest.raises(ValueError, match=f"exact_mse has no {name}=True in llm-compressor: leave it out"):
             LLMCompressorObserver.load_from_registry(
                 "exact_mse", base_name="weight", args=copy.deepcopy(args), **{name: True}
             )
+
+
+@pytest.mark.parametrize("args_name", ["int4_channel", "int4_asym_g32", "fp8_channel"])
+@torch.no_grad()
+def test_output_mse_is_fxmses_with_the_inputs_that_its_hook_sees(args_name):
+    args, weight = WEIGHT_ARGS[args_name], make_weight("heavy")
+    linear = nn.Linear(*weight.shape[::-1], bias=False)
+    linear.weight.copy_(weight)
+    batches = [torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    own = fxmse.observers.Observer.load_from_registry("output_mse", base_name="weight", args=args, negative_scale=False)
+    observer = LLMCompressorObserver.load_from_registry("output_mse", base_name="weight", args=copy.deepcopy(args))
+    observer.attach(linear)
+    for batch in batches:
+        own.inputs(batch)
+        linear(batch)
+    with HooksMixin.disable_hooks():
+        linear(100 * batches[0])
+    observer(weight)
+    expected, found = own(weight).get_qparams(), observer.get_qparams()
+    assert torch.equal(found["scale"], expected["scale"])
+    assert torch.equal(found["zero_point"], expected["zero_point"])
+    observer.detach(linear)
+    linear(batches[0])
+    assert observer._products is None
+    with pytest.warns(UserWarning, match="seen no activations"):
+        observer(weight)
 
 
 CONFIGS = {
@@ -119,14 +147,14 @@ def run_oneshot():
     ids = torch.randint(0, 256, (4, 8), generator=torch.Generator().manual_seed(0)).tolist()
     dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 8] * len(ids)})
 
-    def run(folder, scheme, observer, modifier=QuantizationModifier):
+    def run(folder, scheme, observer, modifier=QuantizationModifier, **options):
         args = {
             role: own if own.dynamic else own.model_copy(update={"observer": observer, "observer_kwargs": {}})
             for role, own in copy.deepcopy(CONFIGS[scheme]).items()
         }
         ARCHITECTURES["Llama"].make_model().save_pretrained(folder / "float")
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "float").eval()
-        recipe = modifier(config_groups={"group_0": {"targets": ["Linear"], **args}}, ignore=["lm_head"])
+        recipe = modifier(config_groups={"group_0": {"targets": ["Linear"], **args}}, ignore=["lm_head"], **options)
         oneshot(
             model=model,
             dataset=dataset,
@@ -165,6 +193,18 @@ def test_a_recipe_that_names_exact_mse(run_oneshot, tmp_path, scheme, modifier):
     float_logits = ARCHITECTURES["Llama"].make_model()(ids).logits
     assert logits.isfinite().all()
     assert torch.cosine_similarity(logits, float_logits, dim=-1).mean() > 0.95
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_recipe_that_names_output_mse_moves_outputs_less(run_oneshot, tmp_path):
+    ids = torch.randint(0, 256, (4, 8), generator=torch.Generator().manual_seed(0))
+    float_logits = ARCHITECTURES["Llama"].make_model()(ids).logits
+    errors = []
+    for observer in ("output_mse", "exact_mse"):
+        _, logits = run_oneshot(tmp_path / observer, "W4A16", observer, requires_calibration_data=True)
+        errors.append((logits - float_logits).square().mean())
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_another_version_is_refused_by_name(monkeypatch):
