@@ -172,13 +172,14 @@ def test_schemes_are_the_presets(capsys):
     assert "int4 symmetric group 128" in capsys.readouterr().out
 
 
-def test_it_is_installed_as_a_command_and_helps():
-    for command in ([], ["quantize"], ["inspect"], ["schemes"]):
-        done = subprocess.run(
-            [Path(sys.executable).parent / "fxmse", *command, "--help"], capture_output=True, text=True
-        )
-        assert done.returncode == 0
-        assert "fxmse quantize model.pt2 --scheme W8A8" in done.stdout
+def test_it_is_installed_as_a_command_and_helps(capsys):
+    done = subprocess.run([Path(sys.executable).parent / "fxmse", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "fxmse quantize model.pt2 --scheme W8A8" in done.stdout
+    for command in ("quantize", "inspect", "schemes", "plan", "analyze"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        assert "fxmse quantize model.pt2 --scheme W8A8" in capsys.readouterr().out
     assert subprocess.run([sys.executable, "-m", "fxmse.cli"], capture_output=True).returncode == 2
 
 
