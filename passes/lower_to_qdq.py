@@ -24,7 +24,7 @@ __all__ = ["LowerToQDQ"]
 _PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "matmul", "mm", "addmm", "bmm", "baddbmm")
 # How a weight's rows become the parameter again (WeightView).
 _VIEWS = (torch.reshape, torch.transpose, torch.flatten, torch.unflatten)
-_UINT8_SHIFT = 128
+_INT8_MIN = -128
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -37,7 +37,7 @@ class LowerToQDQ(GraphPass):
     (2.14 and later), and warns where there are neither. Rules:
 
     1. An activation of 8 bits per tensor is quantized to uint8, zero points moved by 128 (which is what VNNI
-       multiplies), and dequantized once for each of its readers.
+       multiplies), or to int8, and dequantized once for each of its readers.
     2. A weight of up to 8 bits, symmetric, per channel or tensor, all of whose readers are products with such an
        activation (no addmm that scales by alpha or beta), is stored as int8 and dequantized per channel. The float
        parameter goes, unless something else reads it.
@@ -49,12 +49,22 @@ class LowerToQDQ(GraphPass):
 
     What is quantized is what was before, but for ties: the quantize node multiplies by a reciprocal and rounds before
     it adds the zero point, so that a value half-way between two steps may fall to the other side.
+
+    Attributes:
+        activation_dtype: what activations are quantized to: torch.uint8, which Inductor's kernels multiply, or
+            torch.int8, zero points as they are, which ExecuTorch's XNNPACK backend takes.
     """
+
+    activation_dtype: torch.dtype = torch.uint8
+
+    def __post_init__(self) -> None:
+        if self.activation_dtype not in (torch.uint8, torch.int8):
+            raise ValueError(f"activation_dtype={self.activation_dtype!r}: expected torch.uint8 or torch.int8")
 
     def rewrite(self, graph_module: GraphModule) -> bool:
         """Applies the rules."""
         # Inductor registers the ops.
-        import torch._inductor.decomposition  # noqa: F401
+        import torch._inductor.decomposition
 
         nodes = [node for node in graph_module.graph.nodes if is_fake_quantize(node)]
         reasons = {node: _find_reason(graph_module, node) for node in nodes}
@@ -66,10 +76,13 @@ class LowerToQDQ(GraphPass):
             elif not reasons[node] and _is_weight(node) and _is_scaled(node):
                 reasons[node] = "the product that reads it has a factor alpha or beta"
         lowered = [node for node in nodes if not reasons[node]]
-        if lowered:
+        if lowered and self.activation_dtype == torch.uint8:
             register_int8_patterns()
         for node in lowered:
-            (_lower_weight if _is_weight(node) else _lower_activation)(graph_module, node)
+            if _is_weight(node):
+                _lower_weight(graph_module, node)
+            else:
+                _lower_activation(graph_module, node, self.activation_dtype)
         # Rule 4.
         left = [f"{get_name(node)} ({reason})" for node, reason in reasons.items() if reason]
         inner = (node for graph in list_graphs(graph_module) for node in graph.graph.nodes if node not in reasons)
@@ -158,13 +171,14 @@ def _is_scaled(weight: Node) -> bool:
     return any(factor != 1 for factor in factors)
 
 
-def _lower_activation(graph_module: GraphModule, node: Node) -> None:
+def _lower_activation(graph_module: GraphModule, node: Node, dtype: torch.dtype) -> None:
     """Rule 1: zero points of int8 are those of uint8 less 128."""
     ops, graph = torch.ops.quantized_decomposed, graph_module.graph
     x, scale, zero_point = node.args[:3]
     scale_tensor = _get_tensor(graph_module, scale)
     shift = 0 if zero_point is None else int(_get_tensor(graph_module, zero_point).item())
-    qparams = (scale_tensor.item(), shift + _UINT8_SHIFT, 0, 255, torch.uint8)
+    limits = torch.iinfo(dtype)
+    qparams = (scale_tensor.item(), shift + limits.min - _INT8_MIN, limits.min, limits.max, dtype)
     with graph.inserting_before(node):
         quantized = graph.call_function(ops.quantize_per_tensor.default, (x, *qparams))
         quantized.meta = get_meta(node)

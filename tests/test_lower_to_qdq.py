@@ -24,6 +24,7 @@ import fxmse
 from fxmse.capture.front_ends import copy_graph_module
 from fxmse.ops import is_fake_quantize
 from fxmse.passes import LowerToQDQ
+from fxmse.passes.op_names import get_op_name
 
 INPUTS = {"num_bits": 8, "symmetric": False}
 CONVOLUTIONS = make_config("Linear", "Conv1d", "Conv2d", "Conv3d", inputs=INPUTS)
@@ -69,6 +70,43 @@ def test_lowered_graph_computes_what_the_folded_one_does(model_class, config, fr
     more = model_class.make_inputs(5, seed=2)
     # Half-way cases may go the other way; there are none among these.
     torch.testing.assert_close(lowered(more), quantized(more), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("model_class", "target"), [(Attention, "Linear"), (Convolutions, "Conv2d")])
+@torch.no_grad()
+def test_activations_may_be_int8(model_class, target, symmetric):
+    inputs = {"num_bits": 8, "symmetric": symmetric}
+    batch = model_class.make_inputs()
+    config = make_config(target, inputs=inputs, outputs=inputs)
+    quantized = fxmse.quantize(model_class().eval(), config, [batch], progress=False)
+    shifted = copy_graph_module(quantized)
+    LowerToQDQ()(shifted)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "int8 products will run in float")  # those of Inductor, which are not meant
+        assert LowerToQDQ(activation_dtype=torch.int8)(quantized).modified
+    pairs = zip(find_pairs(quantized), find_pairs(shifted), strict=True)
+    for (scale, zero_point, *rest), (shifted_scale, shifted_zero_point, *shifted_rest) in pairs:
+        assert (scale, zero_point + 128) == (shifted_scale, shifted_zero_point)
+        assert -128 <= zero_point <= 127
+        assert rest == [-128, 127, torch.int8]
+        assert shifted_rest == [0, 255, torch.uint8]
+    more = model_class.make_inputs(5, seed=2)
+    assert torch.equal(quantized(more), shifted(more))
+
+
+def find_pairs(graph_module):
+    """The qparams of each quantize and dequantize node of an activation."""
+    names = ("quantize_per_tensor", "dequantize_per_tensor")
+    found = [node.args[1:] for node in graph_module.graph.nodes if get_op_name(node) in names]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.int16, "int8", None])
+def test_other_activation_dtypes_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"activation_dtype=.*: expected torch.uint8 or torch.int8"):
+        LowerToQDQ(activation_dtype=dtype)
 
 
 @torch.no_grad()
