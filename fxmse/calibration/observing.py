@@ -16,7 +16,7 @@ from fxmse.capture.attributes import list_graphs
 from fxmse.capture.front_ends import split_inputs
 from fxmse.observers.base import describe_non_finite
 from fxmse.observers.inputs import Inputs
-from fxmse.observers.states import hold
+from fxmse.observers.states import are_finite, hold
 from fxmse.ops import is_fake_quantize
 from fxmse.passes.open_regions import find_open
 from fxmse.passes.probe import Probe, find_inputs, find_probes
@@ -138,10 +138,9 @@ def _check_finite(
     run: Callable[[], object],
 ) -> None:
     """Raises ValueError naming the sites that saw NaN or Inf, and how many; one synchronisation where all is well."""
-    tensors = [tensor.flatten() for watcher in watchers.values() for tensor in watcher.state.witnesses]
-    if not tensors or torch.cat(tensors).isfinite().all():
+    if are_finite(tensor for watcher in watchers.values() for tensor in watcher.state.witnesses):
         return
-    bad = {n: w for n, w in watchers.items() if not all(tensor.isfinite().all() for tensor in w.state.witnesses)}
+    bad = {name: watcher for name, watcher in watchers.items() if not are_finite(watcher.state.witnesses)}
     # The values themselves are gone: look at them again while the same data runs once more.
     found: dict[str, str] = {}
     _restore(watchers, before)

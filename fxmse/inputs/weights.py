@@ -211,6 +211,15 @@ class Weights:
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by the model's names: memory-mapped where they are in the file as the model wants them."""
         names = list(names)
+        # What is made of several tensors holds all of them twice for a moment: one after the other.
+        groups: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+        for name in names:
+            sources = self._sources[name]
+            groups[tuple(sources) if len(sources) > 1 else ()].append(name)
+        found = {name: tensor for group in groups.values() for name, tensor in self._load_at_once(group).items()}
+        return {name: found[name] for name in names}
+
+    def _load_at_once(self, names: list[str]) -> dict[str, Tensor]:
         by_file: defaultdict[Path, list[str]] = defaultdict(list)
         for key in dict.fromkeys(key for name in names for key in self._sources[name]):
             by_file[self.files[key]].append(key)

@@ -5,7 +5,9 @@ An observer is one state machine: ``init`` gives the state before the first valu
 functions of states, which are tensors (:class:`fxmse.observers.states.State`).
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -19,12 +21,13 @@ from fxmse.formats.grids import Format
 from fxmse.formats.layout import Layout
 from fxmse.formats.scales import calculate_global_scale, round_scale
 from fxmse.formats.tables import is_traced
-from fxmse.observers.states import State, Stateful, plain_modes, without_autocast
+from fxmse.observers.states import State, Stateful, are_finite, plain_modes, without_autocast
 from fxmse.search.tiles import Range, cover_ranges, measure_range
 
 __all__ = ["QPARAMS", "NoOptions", "Observer", "describe_non_finite"]
 
 
+_AT_A_TIME = 1 << 20  # ranges whose qparams are calculated at once, in several float32 copies
 QPARAMS = ("scale", "zero_point", "global_scale")
 """What :meth:`Observer.get_qparams` gives. A buffer is called so, behind its site's name: ``fc.weight_scale``."""
 
@@ -135,7 +138,7 @@ class Observer(Stateful[State], RegistryMixin):
         with self.lock:
             before = self.state
             self.observe(value)
-            if not all(tensor.isfinite().all() for tensor in self.state.witnesses):
+            if not are_finite(self.state.witnesses):
                 self.state = before
                 raise ValueError(f"{self.base_name} {describe_non_finite(value)}: nothing of it was kept")
         return self
@@ -259,22 +262,37 @@ class Observer(Stateful[State], RegistryMixin):
             return self._find_qparams()
 
     def _find_qparams(self) -> dict[str, Tensor | None]:
-        if not all(tensor.isfinite().all() for tensor in self.state.witnesses):
+        if not are_finite(self.state.witnesses):
             raise ValueError(f"the {self.base_name} observer has seen NaN or Inf: calibrate again without that batch")
         state = self.finish(self.state)
         assert state.like is not None
         global_scale = self._global_scale_of(state)
         if state.range is None:
             return {"scale": None, "zero_point": None, "global_scale": global_scale}
-        min, max = state.range
+        dtype = state.like.dtype if global_scale is None else None
+        step = max(1, _AT_A_TIME // math.prod(state.range.min.shape[1:]))
+        ranges = zip(state.range.min.split(step), state.range.max.split(step), strict=True)
+        # Of experts each has its own.
+        global_scales: Iterable[Tensor | None] = itertools.repeat(global_scale)
+        if global_scale is not None and global_scale.numel() > 1:
+            global_scales = global_scale.split(step)
+        parts = [
+            self._calculate_qparams(Range(*range), own, dtype)
+            for range, own in zip(ranges, global_scales, strict=False)
+        ]
+        scale, zero_point = (torch.cat(own) for own in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
+        return {"scale": scale, "zero_point": zero_point, "global_scale": global_scale}
+
+    def _calculate_qparams(
+        self, range: Range, global_scale: Tensor | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        min, max = range
         low, high = min.minimum(max), max.maximum(min)
         # A range may be wider than float32 holds. A power of two changes no rounding, and no zero point.
         factor = torch.where((high.clamp(min=0) - low.clamp(max=0)).isinf(), 0.25, 1.0)
         scale, zero_point = calculate_qparams(low * factor, high * factor, self.args, global_scale)
         scale = torch.where(min > max, -scale, scale) / factor
-        if global_scale is None:
-            scale = round_scale(scale, state.like.dtype).to(state.like.dtype)
-        return {"scale": scale, "zero_point": zero_point, "global_scale": global_scale}
+        return scale if dtype is None else round_scale(scale, dtype).to(dtype), zero_point
 
     def extra_repr(self) -> str:
         """What distinguishes this observer in a printed model."""

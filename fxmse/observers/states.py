@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from fxmse.observers.counting import count_non_finite
 from fxmse.search.tiles import Range
 
-__all__ = ["Described", "Lock", "State", "Stateful", "hold", "plain_modes", "refuse_differences", "without_autocast"]
+__all__ = [
+    "Described",
+    "Lock",
+    "State",
+    "Stateful",
+    "are_finite",
+    "hold",
+    "plain_modes",
+    "refuse_differences",
+    "without_autocast",
+]
 
 _EXTRA = "_extra_state"  # torch's key of what a state dict has beside parameters and buffers
 _NUM_SHOWN = 8  # differences that an error names
@@ -22,6 +32,12 @@ _UNDESCRIBED = (
     "the state does not say which formats, observers and weights it is of, as states did not always: it is taken for "
     "one of this calibration"
 )
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no element is NaN or Inf; one synchronisation, and no copy: small groups have many ranges."""
+    ends = [end for tensor in tensors if tensor.numel() for end in tensor.aminmax()]
+    return not ends or bool(torch.stack(ends).isfinite().all())
 
 
 class State(NamedTuple):

@@ -26,6 +26,7 @@ _INDEX = "model.safetensors.index.json"
 _AT_A_TIME = (
     1 << 21
 )  # elements that are compressed at a time, of which compressors hold several int32 copies: in a cache
+_ALIGNMENT = 64
 _BY_ROW = ("weight_scale", "weight_zero_point")
 _ROWS = 128  # of them, what is compressed at a time has a multiple: whole blocks, and words of packed zero points
 
@@ -68,10 +69,9 @@ class Shards:
         """The bytes of all tensors of the checkpoint, or a little more: zero points before they are packed."""
         total, quantized = 0, set()
         for module in self.model.modules():
-            own = dict(module.named_parameters(recurse=False))
             if isinstance(getattr(module, "quantization_scheme", None), QuantizationScheme):
-                quantized |= {id(tensor) for tensor in own.values()}
-                total += sum(tensor.nbytes for tensor in _compress(module, own).values())
+                quantized |= {id(tensor) for tensor in module.parameters(recurse=False)}
+                total += sum(tensor.nbytes for tensor in _foresee(module))
         buffers, names = dict(self.model.named_buffers()), self.model.state_dict()
         rest = [*self.model.parameters(), *(tensor for name, tensor in buffers.items() if name in names)]
         return total + sum(tensor.nbytes for tensor in rest if id(tensor) not in quantized)
@@ -90,15 +90,19 @@ class Shards:
         from transformers.core_model_loading import revert_weight_conversion
 
         found = dict(self._split_tensors(tensors))
-        for module_path, qparams in find_homes(self.model, self._split_sites(sites)).items():
-            module = self.model.get_submodule(module_path)
+        homes = {self.model.get_submodule(path): (path, own) for path, own in self._find_homes(sites)}
+        room = _Room(sum(_round_up(tensor.nbytes) for module in homes for tensor in _foresee(module)))
+        for module, (module_path, qparams) in homes.items():
             prefix = f"{module_path}." if module_path else ""
             names = [name for name, _ in module.named_parameters(recurse=False) if prefix + name in found]
             compressed = _compress(module, {name: found.pop(prefix + name) for name in names} | qparams)
-            found |= {prefix + name: tensor for name, tensor in compressed.items()}
+            found |= {prefix + name: room.keep(tensor) for name, tensor in compressed.items()}
         found = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(self.model, found).items()}
         with replace_file(path) as new:
             save_file(found, new, metadata={"format": "pt"})
+
+    def _find_homes(self, sites: Sites) -> Iterable[tuple[str, dict[str, Tensor]]]:
+        return find_homes(self.model, self._split_sites(sites)).items()
 
     def _split_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """With a linear for each expert that is quantized."""
@@ -138,6 +142,34 @@ def _copy_on_meta(model: nn.Module) -> Any:
     """A copy of the modules, without the values of their parameters."""
     memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo)
+
+
+class _Room:
+    """Memory for what is kept until a file is written, allocated at once.
+
+    Small tensors that are kept between large ones that are not would leave holes, into which no large one fits: of a
+    layer of 128 experts 1 GB.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._free = torch.empty(num_bytes, dtype=torch.uint8)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The tensor, in this memory while there is any."""
+        num_bytes = _round_up(tensor.nbytes)
+        if num_bytes > len(self._free) or not tensor.nbytes:
+            return tensor
+        place, self._free = self._free[: tensor.nbytes], self._free[num_bytes:]
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _round_up(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _foresee(module: Any) -> Iterable[Tensor]:
+    """A quantized module's tensors as they will be stored, without their values."""
+    return _compress(module, dict(module.named_parameters(recurse=False))).values()
 
 
 def _compress(module: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
