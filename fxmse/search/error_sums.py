@@ -155,7 +155,7 @@ def _sum_rows(terms_OCQPG: Tensor, weights_O1QPG: Tensor | None) -> Tensor:
 
 
 def _add_up(terms: Tensor) -> Tensor:
-    """The sums of rows, in the order that Inductor's loops have on a CPU: vectors, and what is in their lanes by halves.
+    """The sums of rows, in the order of Inductor's loops on a CPU: vectors, then what is in their lanes by halves.
 
     So that an uncompiled search decides as a compiled one does (:func:`fxmse.search.compiling.rounds_each`).
     """
@@ -172,7 +172,7 @@ def _add_up(terms: Tensor) -> Tensor:
 
 
 def _round(values: Tensor, reciprocal: Tensor, zero_point: Tensor | None, format: Format) -> tuple[Tensor, Tensor]:
-    """The error of rounding x / scale, and what that is rounded to, in units of the scale; of -x where that is alike."""
+    """The error of rounding x / scale, and what it is rounded to, in units of the scale; of -x where that is alike."""
     grid = format.grid
     if grid.type == "int":
         return _round_to_integer(values, reciprocal, grid, zero_point)
