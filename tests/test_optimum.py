@@ -377,7 +377,7 @@ def test_a_power_of_two_moves_the_scales_alone(scheme, power, norm):
 @pytest.mark.parametrize(
     ("scheme", "norm"),
     [
-        ("int8 channel", 2.0),
+        ("int8 channel of a transposed weight", 2.0),
         ("int4 g32", 2.0),
         ("int4 g128 asymmetric", 2.0),
         ("fp8 block", 2.0),
@@ -389,8 +389,10 @@ def test_a_power_of_two_moves_the_scales_alone(scheme, power, norm):
     ],
 )
 def test_compiled_and_uncompiled_searches_find_the_same_bits(scheme, norm, device):
-    args, found = ALL_ARGS[scheme.removesuffix(" of half precision")], []
-    weight = make_mixed_groups().to(torch.float32 if scheme in ALL_ARGS else torch.bfloat16)
+    args, found = ALL_ARGS[scheme.partition(" of ")[0]], []
+    weight = make_mixed_groups().to(torch.bfloat16 if scheme.endswith("half precision") else torch.float32)
+    if scheme.endswith("transposed weight"):
+        weight = weight.t().contiguous().t()
     for mode in ("always", "never"):
         with compilation(mode):
             observer = Observer.load_from_registry("exact_mse", base_name="weight", args=args, norm=norm)

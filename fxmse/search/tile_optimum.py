@@ -36,6 +36,9 @@ def search_tile(
     own: Range | None = None,
 ) -> Found:
     """The best of each group; ``own`` is the groups' range where it does not follow from the tile's values."""
+    if tile.values_OQPG.stride(-1) != 1:
+        # Loops over another dimension add up in another order, and are slower.
+        tile = tile._replace(values_OQPG=tile.values_OQPG.contiguous())
     found = _search_tile(problem, plan, tile, global_scale, is_compiled, own)
     if own is not None or problem.format.is_mx or not reads_flags(found.base):
         return found
