@@ -88,7 +88,7 @@ def compilation(mode: _Mode) -> Iterator[None]:
             does, and compiled from then on. So a small model never waits for a compiler, a large one compiles at its
             first weight, and neither takes more than twice the time of the better choice. "always" compiles from the
             first value of 4096 elements on, "never" not at all. What is compiled finds the same
-            ranges; only ``exact_mse`` of groups of more than 64 elements, whose scales follow from sums, may find
+            ranges; only ``exact_mse`` at other norms than 1 and 2, or of rows whose lengths no vector divides, may find
             others whose errors are as small.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxmse.formats.grids import Format, Grid
 from fxmse.formats.tables import is_traced, keep
-from fxmse.search.tiles import Arithmetic, split_pairs
+from fxmse.search.tiles import Arithmetic, count_lanes, split_pairs
 
 __all__ = ["list_errors", "sum_exactly", "sum_moments", "sum_powers"]
 
@@ -42,10 +42,11 @@ def sum_moments(
     zero_point_CQ: Tensor | None,
     weights_OQPG: Tensor | None,
 ) -> Tensor:
-    """The sums of weight * e ** 2, weight * e * q and weight * q ** 2, shape [3, C, Q], e as in :func:`sum_powers`.
+    """The sums of weight * e ** 2 and weight * e * q, shape [2, C, Q], e as in :func:`sum_powers`.
 
     q is what x is quantized to, in units of the scale. While no x is quantized to something else, a scale that is
-    1 + d times as large has the squared error sum(e ** 2) + 2 * d * sum(e * q) + d ** 2 * sum(q ** 2).
+    1 + d times as large has the squared error sum(e ** 2) + 2 * d * sum(e * q) + d ** 2 * sum(q ** 2). As q is
+    x / scale + e, sum(q ** 2) = sum((x / scale) ** 2) + 2 * sum(e * q) - sum(e ** 2).
     """
     return torch.stack(_sum(_list_moments, arithmetic, values_OQPG, scale_CQ, zero_point_CQ, weights_OQPG))
 
@@ -84,22 +85,22 @@ def list_errors(arithmetic: Arithmetic, values_OQPG: Tensor, scale_CQ: Tensor, z
 _Terms = Callable[[Arithmetic, Tensor, Tensor, Tensor], list[Tensor]]
 
 
-def _list_powers(arithmetic: Arithmetic, values: Tensor, error: Tensor, scaled: Tensor) -> list[Tensor]:
+def _list_powers(arithmetic: Arithmetic, values: Tensor, error: Tensor, quantized: Tensor) -> list[Tensor]:
     return [arithmetic.power(error)]
 
 
-def _list_moments(arithmetic: Arithmetic, values: Tensor, error: Tensor, scaled: Tensor) -> list[Tensor]:
-    quantized = scaled + error
-    return [error * error, error * quantized, quantized * quantized]
+def _list_moments(arithmetic: Arithmetic, values: Tensor, error: Tensor, quantized: Tensor) -> list[Tensor]:
+    return [error * error, error * quantized]
 
 
-def _list_products(arithmetic: Arithmetic, values: Tensor, error: Tensor, scaled: Tensor) -> list[Tensor]:
-    quantized = (scaled + error).double()  # exact, as the difference is
+def _list_products(arithmetic: Arithmetic, values: Tensor, error: Tensor, quantized: Tensor) -> list[Tensor]:
+    quantized = quantized.double()
     return [(values.double() * quantized).abs(), quantized * quantized]
 
 
-def _list_products_of_integers(arithmetic: Arithmetic, values: Tensor, error: Tensor, scaled: Tensor) -> list[Tensor]:
-    quantized = scaled + error
+def _list_products_of_integers(
+    arithmetic: Arithmetic, values: Tensor, error: Tensor, quantized: Tensor
+) -> list[Tensor]:
     return [(values.double() * quantized.double()).abs(), quantized * quantized]
 
 
@@ -147,14 +148,31 @@ def _sum_at_once(
 def _sum_rows(terms_OCQPG: Tensor, weights_O1QPG: Tensor | None) -> Tensor:
     if weights_O1QPG is not None:
         terms_OCQPG = terms_OCQPG * weights_O1QPG
-    sums_OCQP = terms_OCQPG.sum(-1)
+    sums_OCQP = _add_up(terms_OCQPG)
     if sums_OCQP.shape[0] == sums_OCQP.shape[-1] == 1:
         return sums_OCQP[0, ..., 0].flatten(1)
     return sums_OCQP.sum((0, -1), dtype=torch.float64).flatten(1)
 
 
+def _add_up(terms: Tensor) -> Tensor:
+    """The sums of rows, in the order of Inductor's loops on a CPU: vectors, then what is in their lanes by halves.
+
+    So that an uncompiled search decides as a compiled one does (:func:`fxmse.search.compiling.rounds_each`).
+    """
+    if is_traced(terms) or terms.device.type != "cpu":
+        return terms.sum(-1)
+    num_lanes = count_lanes()
+    if terms.shape[-1] % num_lanes:
+        return terms.sum(-1)
+    lanes = functools.reduce(torch.add, terms.split(num_lanes, -1))
+    while num_lanes > 1:
+        num_lanes //= 2
+        lanes = lanes[..., :num_lanes] + lanes[..., num_lanes:]
+    return lanes[..., 0]
+
+
 def _round(values: Tensor, reciprocal: Tensor, zero_point: Tensor | None, format: Format) -> tuple[Tensor, Tensor]:
-    """The error of rounding x / scale, in units of the scale, and x / scale; both of -x where that is the same."""
+    """The error of rounding x / scale, and what it is rounded to, in units of the scale; of -x where that is alike."""
     grid = format.grid
     if grid.type == "int":
         return _round_to_integer(values, reciprocal, grid, zero_point)
@@ -162,7 +180,8 @@ def _round(values: Tensor, reciprocal: Tensor, zero_point: Tensor | None, format
         return _round_to_float(values, reciprocal, grid)
     scaled, zero_point = values * reciprocal, keep(zero_point)
     rounded = grid.round((scaled + zero_point).clamp(grid.qmin, grid.qmax))
-    return (rounded - zero_point) - scaled, scaled
+    quantized = rounded - zero_point
+    return quantized - scaled, quantized
 
 
 def _round_to_integer(
@@ -183,7 +202,8 @@ def _round_to_integer(
         # A whole zero point moves the grid by whole steps: moving the bounds instead keeps x / scale exact.
         steps = zero_point.to(torch.int32)
         bits = torch.minimum(torch.maximum(bits, keep(low - steps)), keep(high - steps))
-    return (bits.view(torch.float32) - shift) - values * reciprocal, values * reciprocal
+    quantized = bits.view(torch.float32) - shift
+    return quantized - values * reciprocal, quantized
 
 
 def _round_to_float(values: Tensor, reciprocal: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -196,7 +216,7 @@ def _round_to_float(values: Tensor, reciprocal: Tensor, grid: Grid) -> tuple[Ten
     power = (clamped & 0x7F80_0000).clamp(min=_to_bits(2.0**grid.min_exponent)).view(torch.float32)
     shift = power * 2.0 ** (23 - grid.mantissa_bits)
     rounded = (clamped.view(torch.float32) + shift) - shift
-    return rounded - magnitudes * reciprocal, magnitudes * reciprocal
+    return rounded - magnitudes * reciprocal, rounded
 
 
 def _to_bits(value: float) -> int:

@@ -30,6 +30,8 @@ __all__ = ["PLACES", "Found", "Sum", "Sums", "narrow_down", "report_ranges"]
 # Of an asymmetric grid's range in the group's: from its lower end to its upper end.
 PLACES = (0.5, 0.0, 0.25, 0.75, 1.0)
 _NEAR_PLACES = tuple(i / 32 for i in range(-5, 6) if i)
+# So many times the scale of its own range all of a group is rounded to 0: its errors are its values.
+_BEYOND = 2.0**24
 _NEAR_ZERO_POINTS = (0.0, -1.0, 1.0, -2.0, 2.0)
 
 
@@ -198,8 +200,14 @@ class _Search:
 
     def _follow_moments(self, candidates: Candidates) -> tuple[Tensor, Tensor]:
         """Which candidate's valley is deepest, and how many times its scale the bottom is."""
-        error_CQ, slope_CQ, curvature_CQ = self.sums.moments(candidates).unbind(0)
+        beyond_1Q, zero_point_CQ = self.first.scale_CQ * _BEYOND, candidates.zero_point_CQ
+        if zero_point_CQ is not None:
+            zero_point_CQ = torch.cat([zero_point_CQ, zero_point_CQ[:1]])
+        listed = Candidates(torch.cat([candidates.scale_CQ, beyond_1Q]), zero_point_CQ)
+        moments_2CQ = self.sums.moments(listed)
+        (error_CQ, slope_CQ), squares_1Q = moments_2CQ[:, :-1].unbind(0), moments_2CQ[0, -1:]
         ratio_CQ = candidates.scale_CQ / self.first.scale_CQ
+        curvature_CQ = squares_1Q * (_BEYOND / ratio_CQ).square() + 2 * slope_CQ - error_CQ
         curvature_CQ = curvature_CQ.clamp(min=torch.finfo(torch.float32).tiny)
         depth_CQ = (error_CQ - slope_CQ * slope_CQ / curvature_CQ) * ratio_CQ * ratio_CQ
         index_Q = depth_CQ.argmin(0)

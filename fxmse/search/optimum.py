@@ -91,7 +91,7 @@ def find_optimum(
         work = problem.num_scales or plan.work * problem.num_signs
         num_candidates = problem.num_scales or max(16, len(plan.fine)) * problem.num_signs
     is_compiled = pays_to_compile(problem, value, work)
-    problem = replace(problem, reads_pairs=is_compiled and importance is None and holds_pairs(value, layout))
+    problem = replace(problem, reads_pairs=importance is None and holds_pairs(value, layout))
     max_elements = find_max_elements(problem, value)
     max_groups = max(1, min(enlarge(MAX_TABLE, value.device) // num_candidates, max_elements // size))
     with torch.no_grad():

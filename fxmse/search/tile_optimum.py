@@ -10,7 +10,7 @@ from torch import Tensor
 from fxmse.formats.scales import calculate_exact_scale
 from fxmse.formats.stored_scales import list_stored_scales
 from fxmse.search.candidates import Candidates, OptimumProblem
-from fxmse.search.compiling import reads_flags, run
+from fxmse.search.compiling import reads_flags, rounds_each, run
 from fxmse.search.error_sums import sum_moments, sum_powers
 from fxmse.search.narrowing import PLACES, Found, Sum, Sums, narrow_down, report_ranges
 from fxmse.search.plan import Plan
@@ -22,6 +22,10 @@ __all__ = ["search_spread", "search_tile"]
 _EXTREME = 2.0**100  # scales above it, and below its inverse, are looked at with a power of two
 _LARGEST_EXPONENT = 120
 
+# What decides between candidates is the same in a graph and outside, where sums are made in one order, too.
+for stage in (sum_powers, sum_moments):
+    rounds_each(stage)
+
 
 def search_tile(
     problem: OptimumProblem,
@@ -32,6 +36,9 @@ def search_tile(
     own: Range | None = None,
 ) -> Found:
     """The best of each group; ``own`` is the groups' range where it does not follow from the tile's values."""
+    if tile.values_OQPG.stride(-1) != 1:
+        # Loops over another dimension add up in another order, and are slower.
+        tile = tile._replace(values_OQPG=tile.values_OQPG.contiguous())
     found = _search_tile(problem, plan, tile, global_scale, is_compiled, own)
     if own is not None or problem.format.is_mx or not reads_flags(found.base):
         return found
@@ -88,6 +95,7 @@ def _search_tile(
     return Found(*run(is_compiled, _search_at_once, problem, readable, global_scale, weights_OQPG, *tensors))
 
 
+@rounds_each
 def _pick_stored(
     problem: OptimumProblem,
     values_OQPG: Tensor,
@@ -114,6 +122,7 @@ def _pick_stored(
     return report_ranges(problem, own, error_Q, base_Q, scale_Q, None)
 
 
+@rounds_each
 def _search_at_once(
     problem: OptimumProblem,
     values_OQPG: Tensor,

@@ -24,6 +24,7 @@ __all__ = [
     "Range",
     "Tile",
     "as_readable",
+    "count_lanes",
     "count_parts",
     "cover_ranges",
     "cut_groups",
@@ -148,9 +149,13 @@ def holds_pairs(value: Tensor, layout: Layout) -> bool:
     if value.dtype != torch.bfloat16 or value.device.type != "cpu":
         return False
     length = layout.block_structure[1] if layout.block_structure else layout.group_size or value.shape[-1]
-    num_lanes = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-    has_pairs = _choose_part(length, _PARTS, 0) >= 2 * num_lanes
+    has_pairs = _choose_part(length, _PARTS, 0) >= 2 * count_lanes()
     return has_pairs and value.is_contiguous() and value.storage_offset() % 2 == 0
+
+
+def count_lanes() -> int:
+    """How many float32 a vector of the CPU holds."""
+    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
 def measure(_: None, values_OQPG: Tensor) -> Range:
