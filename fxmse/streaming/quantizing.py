@@ -38,6 +38,7 @@ from fxmse.pipeline import calibrate, convert, prepare
 from fxmse.search.compiling import settled
 from fxmse.streaming.activations import Activations
 from fxmse.streaming.fingerprints import describe_run, hash_batches
+from fxmse.streaming.memory import Memory
 from fxmse.streaming.warming import compiling_meanwhile
 from fxmse.streaming.work import Work
 
@@ -342,6 +343,7 @@ class _Run:
         # Whether what passes between parts passes in float, too.
         self.is_paired = self.propagate == "quantized" and any(_has_products(part) for part in self.parts if part)
         self.reports = job.options.reports
+        self._memory = Memory()
         self._waiting = set(self.weights.names)
         # The names of what is written with each.
         self.own = [self._take(part.graph_module) for part in self.parts if part]
@@ -381,6 +383,8 @@ class _Run:
             "reports": [asdict(report) for report in reports],
         }
         self.work.note(note, files, number + 1)
+        del loaded, sites
+        self._memory.give_back(self.count(number))
 
     def _calibrate(self, number: int) -> tuple[dict[str, Tensor], Sites, list[SiteReport]]:
         """The weights that a part reads, the qparams of its sites, and their reports; what later parts need is kept."""
