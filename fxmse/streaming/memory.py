@@ -1,4 +1,4 @@
-"""Memory of what was worked on goes back to the system, so that a run holds no more at its end than at its beginning."""
+"""What a run has worked on goes back to the system: it holds no more at its end than at its beginning."""
 
 import ctypes
 import gc
