@@ -133,7 +133,8 @@ def quantize_in_parts(config: QuantizationConfig, model: nn.Module, batches: Bat
         out = folder / "quantized"
         fxmse.quantize_checkpoint(folder / "float", config, batches, out=out, propagate="quantized", progress=False)
         loading = CompressedTensorsConfig(run_compressed=False)
-        return type(model).from_pretrained(out, quantization_config=loading).eval()
+        # compressed-tensors decompresses fp4 to bfloat16, whatever the model is in.
+        return type(model).from_pretrained(out, quantization_config=loading).to(model.dtype).eval()
 
 
 def predict(model: Callable[..., Any], batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
