@@ -18,6 +18,19 @@ if num_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # of the processes that tests start
 
 
+# Their tests take longest, and come first: pytest-xdist would have files of few tests last, with one worker at the end.
+LONGEST = [
+    *("test_example", "test_compiling", "test_branches", "test_optimum", "test_exporting", "test_reporting"),
+    *("test_onnx", "test_streaming", "test_decompose_attention", "test_architectures", "test_warming", "test_cli"),
+    *("test_arrangements", "test_output_mse", "test_distributed", "test_calibration", "test_choose_schemes"),
+    *("test_readme", "test_ops", "test_checkpoint", "test_pipeline", "test_patience", "test_lower_to_qdq"),
+]
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False
+
+
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tests that are marked 'device' run what they test")
 
@@ -31,6 +44,7 @@ def pytest_collection_modifyitems(config, items):
         nightly = [item for item in items if item.get_closest_marker("nightly")]
         config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if item not in nightly]
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ reads files.
 
 import ast
 import contextlib
+import copy
 import json
 import os
 import random
@@ -543,7 +544,7 @@ def test_programs_are_loaded_or_named(program, tmp_path_factory, seed, odd):
         changed = json.loads(content)
         for value in odd:
             container, key = generator.choice(list(list_places(changed)))
-            container[key] = value
+            container[key] = copy.deepcopy(value)
         return json.dumps(changed).encode()
 
     path = rewrite(program, tmp_path_factory.mktemp("fuzz") / "x.pt2", change)
