@@ -320,9 +320,10 @@ def test_errors_say_what_to_do(program):
 @torch.no_grad()
 def test_the_pages_of_pt2e_run():
     page = (Path(__file__).parents[1] / "docs" / "outputs.md").read_text()
+    introduction, *sections = page.split("\n## ")
     found = {}
-    for language, block in re.findall(r"^```(python|py)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
-        if language == "py" or "model =" in block:
+    for section in (introduction, *(section for section in sections if "PT2E" in section.partition("\n")[0])):
+        for block in re.findall(r"^```py(?:thon)?\n(.*?)^```$", section, re.DOTALL | re.MULTILINE):
             exec(block, found)
     x = found["batches"][0]
     expected = found["model"](x)
