@@ -90,9 +90,11 @@ class Shards:
         from transformers.core_model_loading import revert_weight_conversion
 
         found = dict(self._split_tensors(tensors))
-        homes = {self.model.get_submodule(path): (path, own) for path, own in self._find_homes(sites)}
-        room = _Room(sum(_round_up(tensor.nbytes) for module in homes for tensor in _foresee(module)))
-        for module, (module_path, qparams) in homes.items():
+        homes = find_homes(self.model, self._split_sites(sites))
+        modules = {path: self.model.get_submodule(path) for path in homes}
+        room = _Room(sum(_round_up(tensor.nbytes) for module in modules.values() for tensor in _foresee(module)))
+        for module_path, qparams in homes.items():
+            module = modules[module_path]
             prefix = f"{module_path}." if module_path else ""
             names = [name for name, _ in module.named_parameters(recurse=False) if prefix + name in found]
             compressed = _compress(module, {name: found.pop(prefix + name) for name in names} | qparams)
@@ -100,9 +102,6 @@ class Shards:
         found = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(self.model, found).items()}
         with replace_file(path) as new:
             save_file(found, new, metadata={"format": "pt"})
-
-    def _find_homes(self, sites: Sites) -> Iterable[tuple[str, dict[str, Tensor]]]:
-        return find_homes(self.model, self._split_sites(sites)).items()
 
     def _split_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """With a linear for each expert that is quantized."""

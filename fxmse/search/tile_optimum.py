@@ -23,8 +23,8 @@ _EXTREME = 2.0**100  # scales above it, and below its inverse, are looked at wit
 _LARGEST_EXPONENT = 120
 
 # What decides between candidates is the same in a graph and outside, where sums are made in one order, too.
-for stage in (sum_powers, sum_moments):
-    rounds_each(stage)
+rounds_each(sum_powers)
+rounds_each(sum_moments)
 
 
 def search_tile(

@@ -306,11 +306,12 @@ def run_job(
         work.resume(describe_run(path, job.config, **facts))
         run = _Run(work, job, workers)
         sizes = [run.count(number) for number in range(len(run.own))]
-        is_shown = progress and work.is_first
+        is_shown, memory = progress and work.is_first, Memory()
         with tqdm(total=sum(sizes), desc="quantize", unit="B", unit_scale=True, disable=not is_shown) as bar:
             for number, size in enumerate(sizes):
                 if number >= len(work.done):
                     run.quantize(number)
+                    memory.give_back(size)
                 bar.update(size)
         reports = [SiteReport(**fields) for part in work.done for fields in part["reports"]]
         if work.is_first:
@@ -343,7 +344,6 @@ class _Run:
         # Whether what passes between parts passes in float, too.
         self.is_paired = self.propagate == "quantized" and any(_has_products(part) for part in self.parts if part)
         self.reports = job.options.reports
-        self._memory = Memory()
         self._waiting = set(self.weights.names)
         # The names of what is written with each.
         self.own = [self._take(part.graph_module) for part in self.parts if part]
@@ -383,8 +383,6 @@ class _Run:
             "reports": [asdict(report) for report in reports],
         }
         self.work.note(note, files, number + 1)
-        del loaded, sites
-        self._memory.give_back(self.count(number))
 
     def _calibrate(self, number: int) -> tuple[dict[str, Tensor], Sites, list[SiteReport]]:
         """The weights that a part reads, the qparams of its sites, and their reports; what later parts need is kept."""
