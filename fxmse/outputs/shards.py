@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,11 @@ from fxmse.outputs.files import replace_file
 __all__ = ["Shards"]
 
 _INDEX = "model.safetensors.index.json"
-_AT_A_TIME = (
-    1 << 21
-)  # elements that are compressed at a time, of which compressors hold several int32 copies: in a cache
+# Elements that are compressed at a time: compressors hold several copies of 4 bytes each, which stay in a cache so.
+_AT_A_TIME = 1 << 18
 _ALIGNMENT = 64
 _BY_ROW = ("weight_scale", "weight_zero_point")
-_ROWS = 128  # of them, what is compressed at a time has a multiple: whole blocks, and words of packed zero points
+_ROWS = 32  # of them, what is compressed at a time has a multiple: whole words of packed zero points
 
 
 class Shards:
@@ -182,10 +182,11 @@ def _compress(module: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if "weight" not in tensors:  # of attention, or where the weight was written with an earlier part
         return compressor._remove_symmetric_zp(dict(tensors), scheme)
     weight = tensors["weight"]
-    step = max(_AT_A_TIME // weight.shape[1:].numel() // _ROWS, 1) * _ROWS
+    height = scheme.weights.block_structure[0] if scheme.weights.strategy == "block" else 1
+    unit = math.lcm(_ROWS, height)
+    step = max(_AT_A_TIME // weight.shape[1:].numel() // unit, 1) * unit
     if len(weight) <= step:
         return compressor.compress(tensors, scheme)
-    height = scheme.weights.block_structure[0] if scheme.weights.strategy == "block" else 1
     heights = {name: height for name in _BY_ROW if name in tensors and tensors[name].dim() > 1} | {"weight": 1}
     cut = {name: height for name, height in heights.items() if len(tensors[name]) == -(-len(weight) // height)}
     chunks = [
