@@ -81,6 +81,14 @@ def test_parts_that_change_places_are_noticed():
     assert find_fingerprint(weight) != find_fingerprint(weight.flip(0))
 
 
+@pytest.mark.parametrize("shape", [(5, 30, 70), (64, 128), (1, 16, 64)])
+def test_a_transposed_weight_is_what_its_copy_is(shape, monkeypatch):
+    monkeypatch.setattr("fxmse.observers.fingerprints._AT_A_TIME", 64)  # of words: less than a matrix, no whole rows
+    transposed = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16().mT
+    assert find_fingerprint(transposed) == find_fingerprint(transposed.contiguous())
+    assert find_fingerprint(transposed) != find_fingerprint(transposed.mT)
+
+
 def test_there_is_none_without_values():
     assert find_fingerprint(torch.empty(4, device="meta")) is None
     with FakeTensorMode():

@@ -1,6 +1,7 @@
 """Numbers that tell tensors apart by what they hold."""
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,10 +30,9 @@ def find_fingerprint(value: Tensor) -> int | None:
     """
     if not has_values(value):
         return None
-    words = _view_as_words(value.detach())
-    weights = _make_weights(_AT_A_TIME, words.device)
+    weights = _make_weights(_AT_A_TIME, value.device)
     sums = []
-    for part in words.split(_AT_A_TIME):
+    for part in map(_view_as_words, _cut(value.detach(), 8 * _AT_A_TIME // value.element_size())):
         # The upper half goes into the lower one first: a product modulo 2 ** 64 shifts the topmost bits out.
         mixed = (part >> 32).bitwise_xor_(part)
         sums.append(mixed.mul_(weights[: len(part)]).sum())
@@ -42,9 +42,21 @@ def find_fingerprint(value: Tensor) -> int | None:
     return found
 
 
+def _cut(value: Tensor, size: int) -> Iterator[Tensor]:
+    """The elements of ``value`` in order, ``size`` at a time; of experts no more than one is copied at once."""
+    if value.is_contiguous() or value.dim() < 3:
+        yield from value.flatten().split(size)
+        return
+    rest = value.new_empty(0)
+    for piece in value:
+        *whole, rest = torch.cat([rest, piece.flatten()]).split(size)
+        yield from whole
+    yield rest
+
+
 def _view_as_words(value: Tensor) -> Tensor:
-    """The bits of ``value`` in order, int64; the last word is filled up with zeros."""
-    bits = value.contiguous().flatten().view(torch.uint8)
+    """The bits of a vector in order, int64; the last word is filled up with zeros."""
+    bits = value.view(torch.uint8)
     if len(bits) % 8:
         bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8))
     elif bits.storage_offset() % 8:

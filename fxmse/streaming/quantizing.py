@@ -306,12 +306,11 @@ def run_job(
         work.resume(describe_run(path, job.config, **facts))
         run = _Run(work, job, workers)
         sizes = [run.count(number) for number in range(len(run.own))]
-        is_shown, memory = progress and work.is_first, Memory()
+        is_shown = progress and work.is_first
         with tqdm(total=sum(sizes), desc="quantize", unit="B", unit_scale=True, disable=not is_shown) as bar:
             for number, size in enumerate(sizes):
                 if number >= len(work.done):
                     run.quantize(number)
-                    memory.give_back(size)
                 bar.update(size)
         reports = [SiteReport(**fields) for part in work.done for fields in part["reports"]]
         if work.is_first:
@@ -344,6 +343,7 @@ class _Run:
         # Whether what passes between parts passes in float, too.
         self.is_paired = self.propagate == "quantized" and any(_has_products(part) for part in self.parts if part)
         self.reports = job.options.reports
+        self._memory = Memory()
         self._waiting = set(self.weights.names)
         # The names of what is written with each.
         self.own = [self._take(part.graph_module) for part in self.parts if part]
@@ -369,6 +369,7 @@ class _Run:
         reports: list[SiteReport] = []
         if number < len(self.parts):
             loaded, sites, reports = self._calibrate(number)
+        self._memory.give_back(self.count(number))  # what is to be written needs room itself
         known = {site for part in self.work.done for site in part["sites"]}
         sites = {site: qparams for site, qparams in sites.items() if site not in known}
         files = []
