@@ -31,13 +31,15 @@ def find_fingerprint(value: Tensor) -> int | None:
     if not has_values(value):
         return None
     weights = _make_weights(_AT_A_TIME, value.device)
-    sums = []
-    for part in map(_view_as_words, _cut(value.detach(), 8 * _AT_A_TIME // value.element_size())):
+    size = 8 * _AT_A_TIME // value.element_size()
+    # Allocated at once: numbers that are kept between parts that are not would leave holes in memory.
+    sums = weights.new_empty(max(1, -(-value.numel() // size)))
+    for place, part in enumerate(map(_view_as_words, _cut(value.detach(), size))):
         # The upper half goes into the lower one first: a product modulo 2 ** 64 shifts the topmost bits out.
         mixed = (part >> 32).bitwise_xor_(part)
-        sums.append(mixed.mul_(weights[: len(part)]).sum())
+        sums[place] = mixed.mul_(weights[: len(part)]).sum()
     found = value.numel()
-    for total in torch.stack(sums).tolist() if sums else []:
+    for total in sums.tolist():
         found = (found * _MULTIPLIER + total) % _MODULUS
     return found
 
