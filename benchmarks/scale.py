@@ -6,11 +6,13 @@ Each job runs in a process of its own on a model that this writes first and remo
 model's size on FOLDER's disk. Memory is looked at 50 times a second: "anonymous" is what the process holds, files that
 are mapped into it are not in it. "Search" is the CPU time of the searches alone, of the weights of the model's first
 layer in memory, times the number of layers.
-"llm-compressor" is the whole of ``oneshot`` with ``memoryless_mse``. Needs the benchmarks extra.
+"llm-compressor" is the whole of ``oneshot`` with ``memoryless_mse``. "cold" is fxmse without what torch has compiled on
+disk, and "warm" right after it the same with that: name these two in this order. Needs the benchmarks extra.
 """
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -38,6 +40,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LLAMA, "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
         | {"num_attention_heads": 8, "num_key_value_heads": 4},
     ),
+    "Qwen2 0.5B": (
+        "Qwen2",
+        {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+        | {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True, "dtype": "bfloat16"},
+    ),
     "Llama 1B": (
         "Llama",
         {**_LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
@@ -62,6 +69,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Of each model its family in transformers and its config."""
 JOBS = (
+    ("Qwen2 0.5B", "W4A16", 0),
     ("Llama 1B", "W4A16", 0),
     ("Llama 1B", "NVFP4A16", 0),
     ("Llama 8B", "W4A16", 0),
@@ -72,7 +80,7 @@ JOBS = (
     ("Qwen3-30B-A3B, 2 layers", "NVFP4A16", 0),
 )
 """The model, the scheme, and how many sequences of 256 tokens it is shown."""
-METHODS = ("fxmse", "search", "llm-compressor")
+METHODS = ("fxmse", "search", "llm-compressor", "cold", "warm")
 
 
 def write_model(name: str, folder: Path) -> None:
@@ -173,6 +181,8 @@ RUNNERS: dict[str, Callable[[Path, str, int], float | None]] = {
     "fxmse": run_fxmse,
     "search": run_search,
     "llm-compressor": run_llmcompressor,
+    "cold": run_fxmse,
+    "warm": run_fxmse,
 }
 
 
@@ -234,7 +244,13 @@ def main() -> None:
                 for method in options.methods:
                     job = {"method": method, "folder": str(folder), "scheme": scheme, "count": count}
                     command = [sys.executable, "-W", "ignore", __file__, "--measure", json.dumps(job)]
-                    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                    environment = dict(os.environ)
+                    if method in ("cold", "warm"):
+                        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache := folder.with_name("cache"))
+                        if method == "cold":
+                            shutil.rmtree(cache, ignore_errors=True)
+                    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+                    output = finished.stdout
                     found = json.loads(output.splitlines()[-1])
                     rows.append([name, scheme, count, method, *(round(value) for value in found.values())])
                     print(rows[-1], file=sys.stderr)
