@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument(
         "--against", default=OWN_WITH_IMPORTANCE, choices=LANGUAGE_METHODS, help="of the part language; see there"
     )
+    parser.add_argument("--every", type=int, default=1, help="of the part outputs: of so many Linears the first alone")
     parser.add_argument("--resume", type=Path, help="of the part language: a file of runs, which is added to")
     parser.add_argument("--compile", default="always", choices=["auto", "always", "never"], help="weights, activations")
     parser.add_argument("--json", type=Path)

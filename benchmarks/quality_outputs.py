@@ -13,6 +13,7 @@ are no whole groups wide are left out, and so are SmolLM2's head and MiniLM's po
 
 import argparse
 import functools
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -228,7 +229,7 @@ def compare_outputs(options: argparse.Namespace) -> list[Row]:
     rows = []
     schemes = {name: QuantizationArgs(**OUTPUT_SCHEMES[name]) for name in choose(OUTPUT_SCHEMES, options.schemes)}
     labels = choose(OUTPUT_METHODS, [BASELINE, *options.methods] if options.methods else [])
-    for site in load_sites(options):
+    for site in itertools.islice(load_sites(options), 0, None, options.every):
         for scheme, args in schemes.items():
             if site.weight.shape[-1] % (args.group_size or 1):
                 continue
