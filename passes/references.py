@@ -2,13 +2,14 @@
 
 from typing import Any, NamedTuple
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxmse.capture.attributes import list_graphs
 from fxmse.capture.front_ends import copy_graph_module
+from fxmse.observers.arrangements import Experts
 from fxmse.observers.inputs import Inputs, Products
 from fxmse.passes.probe import Probe, find_called, find_inputs
-from fxmse.passes.trimming import return_as_written
+from fxmse.passes.trimming import return_as_written, trim
 
 __all__ = ["Reference", "make_reference"]
 
@@ -45,12 +46,18 @@ def make_reference(observed: GraphModule) -> Reference:
             if not isinstance(called, Probe | Inputs):
                 continue
             if isinstance(called, Products) and called not in nested:
-                values.setdefault(called, []).append(node.args[0])
+                values.setdefault(called, []).append(_find_value(node, called))
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
         graph.recompile()
     output = copy.graph.output_node()
     output.args = ((list(values.values()), output.args[0]),)
     return_as_written(copy.graph)
-    copy.recompile()
-    return Reference(copy, list(values))
+    # What nothing looks at may read what is not kept.
+    return Reference(trim(copy, keep_outputs=True), list(values))
+
+
+def _find_value(node: Node, products: Products) -> Any:
+    """What is looked at: of experts what all of them are shown, as other tokens may be chosen where all is float."""
+    shown = node.kwargs.get("shown", node.args[2] if len(node.args) > 2 else None)
+    return shown or (None if isinstance(products.arrangement, Experts) else node.args[0])

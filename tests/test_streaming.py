@@ -200,13 +200,9 @@ def test_weights_make_up_for_what_was_quantized_before_them(tmp_path):
     args = config.config_groups["group"].weights
     quantize = {"config": config, "batches": batches, "progress": False, "propagate": "quantized"}
     fxmse.quantize_checkpoint(tmp_path / "float", out=tmp_path / "out", **quantize)
-    found = load_tensors(tmp_path / "out")
-    before = copy.deepcopy(model)
-    attention = before.model.layers[0].self_attn
+    found, before = load_tensors(tmp_path / "out"), copy.deepcopy(model)
+    quantize_linears(before, [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"], found, config)
     with torch.no_grad():
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            weight, scale = getattr(attention, name).weight, found[f"model.layers.0.self_attn.{name}.weight_scale"]
-            weight.copy_(fake_quantize(weight, scale, None, args))
         weight = model.model.layers[0].mlp.up_proj.weight
         for others in (True, False):
             observer = Observer.load_from_registry("output_mse", base_name="weight", args=args)
@@ -218,6 +214,42 @@ def test_weights_make_up_for_what_was_quantized_before_them(tmp_path):
                 observer(weight).get_qparams()["scale"], found["model.layers.0.mlp.up_proj.weight_scale"]
             )
             assert is_equal == others
+
+
+@pytest.mark.parametrize("shows_all", [True, False])
+def test_experts_make_up_for_what_was_quantized_before_them(shows_all, tmp_path):
+    """Where all experts are shown all tokens; else a token may be another expert's than in the float model."""
+    model, batches = save_model("Mixtral", tmp_path / "float"), make_batches("Mixtral")
+    config = make_config("W4A16", group_size=32, observer="output_mse")
+    config.ignore.append("re:.*gate$")
+    quantize = {"config": config, "batches": batches, "progress": False, "propagate": "quantized"}
+    fxmse.quantize_checkpoint(tmp_path / "float", out=tmp_path / "out", moe_calibrate_all_experts=shows_all, **quantize)
+    found, before = load_tensors(tmp_path / "out"), copy.deepcopy(model)
+    layer = "model.layers.0"
+    quantize_linears(before, [f"{layer}.self_attn.{name}_proj" for name in "qkvo"], found, config)
+    experts = model.get_submodule(f"{layer}.mlp.experts")
+    for expert, weight in enumerate(experts.gate_up_proj.detach()):
+        expected = {}
+        for others in (True, False):
+            args = config.config_groups["group"].weights
+            observer = Observer.load_from_registry("output_mse", base_name="weight", args=args)
+            for batch in batches:
+                value, reference = (catch_input(m, f"{layer}.mlp", batch) for m in (before, model))
+                observer.inputs.expect([reference] if others else [])
+                observer.inputs(value)
+            expected[others] = observer(weight).get_qparams()["scale"]
+        names = [f"{layer}.block_sparse_moe.experts.{expert}.{linear}.weight_scale" for linear in ("w1", "w3")]
+        scale = torch.cat([found[name] for name in names])
+        is_near = {others: torch.isclose(scale, own, rtol=1e-5).float().mean() for others, own in expected.items()}
+        assert (is_near[True] > 0.99) == shows_all
+        assert is_near[False] < 0.9
+
+
+def quantize_linears(model, names, checkpoint, config):
+    """Rounds weights as a checkpoint has them."""
+    for name in names:
+        weight, scale = model.get_submodule(name).weight, checkpoint[f"{name}.weight_scale"]
+        weight.data = fake_quantize(weight.data, scale, None, config.config_groups["group"].weights)
 
 
 def catch_input(model, name, batch):

@@ -273,19 +273,19 @@ class Products(Inputs):
         super().__init__()
         self.block_size, self.max_channels = block_size, max_channels
         self.arrangement: Arrangement | None = None
-        self._references: deque[Tensor] = deque()
+        self._references: deque[Tensor | None] = deque()
 
     @property
     def form(self) -> Hashable:
         """What is added up."""
         return self.suffix, self.block_size, self.max_channels, self.arrangement
 
-    def expect(self, references: Iterable[Tensor]) -> None:
+    def expect(self, references: Iterable[Tensor | None]) -> None:
         """Says what the values that will be shown next would be if nothing before them was quantized.
 
-        Of experts, which may then be others, that is not taken into account.
+        None stands for what would be of other tokens, as where experts are chosen for them.
         """
-        self._references = deque(() if isinstance(self.arrangement, Experts) else references)
+        self._references = deque(references)
 
     def _sum_up(self, x: Tensor, mask: Tensor | None, numbers: Tensor | None) -> InputState:
         """As :meth:`Inputs._sum_up`.
@@ -296,9 +296,15 @@ class Products(Inputs):
             numbers: of each token's expert, where ``x`` is what all experts are shown.
         """
         state = self._sum_products(x, mask, numbers)
-        if not self._references:
+        reference = self._references.popleft() if self._references else None
+        if reference is None or reference.shape != x.shape:
             return state
-        change = x.float() - self._references.popleft().to(x.device).float()
+        change = x.float() - reference.to(x.device).float()
+        if numbers is not None:
+            assert isinstance(self.arrangement, Experts)
+            tokens, changes = x.flatten(0, -2), change.flatten(0, -2)
+            crosses = self._multiply_by_expert(tokens, numbers, self.arrangement.num_matrices, changes)
+            return state._replace(crosses=crosses)
         if isinstance(self.arrangement, Patches):
             values, change = self.arrangement.arrange(x), self.arrangement.arrange(change)
         else:
@@ -323,13 +329,20 @@ class Products(Inputs):
         num_tokens = values.new_ones((), dtype=torch.float64) * (values.numel() // values.shape[-1])
         return ProductsState(products, num_tokens)
 
-    def _multiply_by_expert(self, tokens: Tensor, number: Tensor, num_experts: int) -> Tensor:
+    def _multiply_by_expert(
+        self, tokens: Tensor, number: Tensor, num_experts: int, others: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`_multiply` of each expert's own tokens."""
         parts = []
         for expert in range(num_experts):
             is_own = number == expert
             # In a graph nothing may depend on how many there are.
-            own = torch.where(is_own[:, None], tokens, 0.0) if is_traced(tokens) else tokens[is_own]
-            parts.append(self._multiply(own[None]))
+            own, own_others = (
+                None if all_ is None else torch.where(is_own[:, None], all_, 0.0) if is_traced(all_) else all_[is_own]
+                for all_ in (tokens, others)
+            )
+            assert own is not None
+            parts.append(self._multiply(own[None], None if own_others is None else own_others[None]))
         return torch.cat(parts)
 
     def _add_up(self, tokens: Tensor) -> Tensor:
