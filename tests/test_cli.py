@@ -288,7 +288,7 @@ def test_an_interrupt_writes_nothing(folder, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fxmse.cli.calibrate", interrupt)
+    monkeypatch.setattr("fxmse.cli.quantizing.calibrate", interrupt)
     out = tmp_path / "out.pt2"
     arguments = ["quantize", folder / "mlp.pt2", "--scheme", "FP8", "--data", folder / "batches.pt", "--out", out]
     assert run(*arguments) == 130

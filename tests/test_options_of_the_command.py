@@ -126,7 +126,7 @@ def fail(*args, **kwargs):
 
 
 def test_what_a_checkpoint_cannot_hold_is_refused_before_the_search(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fxmse.cli.calibrate", fail)
+    monkeypatch.setattr("fxmse.cli.quantizing.calibrate", fail)
     groups = {"group_0": {"targets": ["Embedding", "Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}}
     (tmp_path / "config.json").write_text(json.dumps({"config_groups": groups}))
     untied = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ARCHITECTURES["Llama"].options))
@@ -138,7 +138,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused_before_the_search(folder, tmp_
 
 @pytest.mark.parametrize(("model", "scheme", "out"), [("tied", "FP8_DYNAMIC", "out"), ("mlp.pt2", "FP8", "out.pt2")])
 def test_a_disk_without_room_is_refused_before_the_search(folder, tmp_path, capsys, monkeypatch, model, scheme, out):
-    monkeypatch.setattr("fxmse.cli.calibrate", fail)
+    monkeypatch.setattr("fxmse.cli.quantizing.calibrate", fail)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("fxmse.outputs.space.shutil.disk_usage", lambda path: usage(10, 9, 100))
     assert quantize(folder, "--out", tmp_path / out, model=model, scheme=scheme, data=None) == 1

@@ -589,7 +589,7 @@ READERS = {
         "fxmse.inputs.archive",  # a mapped file
         "fxmse.inputs.data",  # an image
         *(
-            "fxmse.cli",
+            "fxmse.cli.reports",
             "fxmse.outputs.exporting",
             "fxmse.outputs.files",
             "fxmse.outputs.workplaces",
@@ -600,7 +600,12 @@ READERS = {
     "ZipFile": {"fxmse.inputs.archive"},
     "read_text": {
         "fxmse.reading",
-        *("fxmse.config", "fxmse.inputs.data", "fxmse.cli", "fxmse.outputs.report_html"),  # all by fxmse.reading
+        *(
+            "fxmse.config",
+            "fxmse.inputs.data",
+            "fxmse.cli.inspecting",
+            "fxmse.outputs.report_html",
+        ),  # all by fxmse.reading
     },
     "read_bytes": set(),
     "fromfile": set(),
@@ -619,7 +624,7 @@ READERS = {
     },
     "loads": {
         "fxmse.reading",
-        "fxmse.cli",
+        *("fxmse.cli.parser", "fxmse.cli.reports"),
         "fxmse.inputs.data",
         "fxmse.inputs.program_json",
         "fxmse.inputs.programs",
