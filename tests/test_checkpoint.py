@@ -164,6 +164,27 @@ def test_weights_are_compressed_as_their_format_says(checkpoints, name, format, 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["W4A16", "W8A8 static", "FP8", "NVFP4A16"])
+def test_subclasses_of_linear_are_compressed(name, tmp_path):
+    """Falcon has Linears of its own class."""
+    architecture = ARCHITECTURES["Falcon"]
+    model, inputs = architecture.make_model().bfloat16().eval(), architecture.make_inputs(2, 0)
+    folded = fxmse.quantize(model, CONFIGS[name], [inputs], progress=False)
+    fxmse.save_pretrained(folded, model, tmp_path / "at once")
+    model.save_pretrained(tmp_path / "float")
+    fxmse.quantize_checkpoint(tmp_path / "float", CONFIGS[name], [inputs], out=tmp_path / "in parts", progress=False)
+    for out in (tmp_path / "at once", tmp_path / "in parts"):
+        tensors = {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
+        layer = "transformer.h.0.self_attention.query_key_value"
+        weight = tensors.get(f"{layer}.weight_packed", tensors.get(f"{layer}.weight"))
+        assert weight.dtype in (torch.int32, torch.int8, torch.uint8, torch.float8_e4m3fn)
+        assert json.loads((out / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
+        if f"{layer}.weight" in tensors:  # transformers' Falcon cannot be loaded without
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+            with torch.no_grad():
+                torch.testing.assert_close(loaded(**inputs).logits, folded(**inputs).logits, rtol=0.02, atol=0.02)
+
+
 def test_minilm_with_its_tokenizer(tmp_path):
     source = example.find_model_folder()
     model = example.AutoModel.from_pretrained(source).eval()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import fxmse
 from fxmse.calibration.ranks import Alone
 from fxmse.observers import Observer
+from fxmse.outputs.checkpoint import choose_format
 from fxmse.outputs.shards import Shards, _compress
 from fxmse.passes.probe import find_probes
 from fxmse.streaming.work import Work
@@ -352,6 +353,7 @@ def test_large_weights_are_compressed_by_rows(scheme, monkeypatch):
     module = torch.nn.Linear(256, 300, bias=False)
     args = preset_name_to_scheme(scheme, ["Linear"])
     initialize_module_for_quantization(module, args)
+    choose_format(module)
     weight = module.weight.detach()
     qparams = {n: p.detach() for n, p in module.named_parameters() if n.startswith("weight_")}
     for name, tensor in qparams.items():

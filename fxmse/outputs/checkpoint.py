@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
     DynamicType,
     QuantizationArgs,
     QuantizationConfig,
+    QuantizationScheme,
     QuantizationStrategy,
     apply_quantization_config,
 )
+from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import match_named_modules
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -37,6 +41,7 @@ from fxmse.reading import check_file, check_link, read_json
 __all__ = [
     "check_model",
     "check_replaceable",
+    "choose_format",
     "copy_tokenizer",
     "find_homes",
     "find_places",
@@ -44,6 +49,7 @@ __all__ = [
     "foresee",
     "keep_others",
     "link",
+    "make_compressor",
     "prepare_model",
     "read_biases",
     "read_sites",
@@ -99,8 +105,6 @@ def save_pretrained(
             be replaced (a symbolic link, a file, a mount).
         OSError: the folder cannot be written; what was there before still is.
     """
-    from compressed_tensors.compressors import ModelCompressor
-
     check_graph(quantized, "fxmse.convert")
     check_model(model)
     check_replaceable(Path(path), str(model.name_or_path or ""))
@@ -112,10 +116,7 @@ def save_pretrained(
         raise ValueError("the graph was quantized by a quantizer's annotations, which no checkpoint has: use a config")
     prepared, sites, ignored = prepare_model(_share_parameters(model), config, sites, blocks)
     _set_values(prepared, quantized, sites)
-    compressor = ModelCompressor.from_pretrained_model(prepared)
-    if compressor.quantization_config:
-        # It lists modules, and experts that stay in float are none.
-        compressor.quantization_config.ignore += ignored
+    compressor = make_compressor(prepared, ignored)
     compressor.compress_model(prepared)
     warn_of_dtype(prepared)
     with replace_folder(Path(path)) as folder:
@@ -185,6 +186,8 @@ def prepare_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matches nothing was named when observers were inserted
         apply_quantization_config(model, _ignore_untouched(split_config, model, sites), show_progress=False)
+    for module in model.modules():
+        choose_format(module)
     for tied in _list_tied(model):
         if any(name in sites for name in tied):
             # from_pretrained would tie it again in float.
@@ -193,6 +196,36 @@ def prepare_model(
                 "put the module on the ignore list, or untie them"
             )
     return model, sites, [name for name in split_config.ignore or [] if name not in (config.ignore or [])]
+
+
+def make_compressor(prepared: Any, ignored: Iterable[str]) -> Any:
+    """compressed-tensors' ``ModelCompressor`` of a prepared model, whose config ignores all that stays in float.
+
+    Args:
+        prepared: as is ``ignored``, from :func:`prepare_model`.
+        ignored: see above.
+    """
+    from compressed_tensors.compressors import ModelCompressor
+
+    compressor = ModelCompressor.from_pretrained_model(prepared)
+    config = compressor.quantization_config
+    if config is not None:
+        # It lists modules, which experts that stay in float are not, and of the classes that are quantized alone.
+        targets = [target for scheme in config.config_groups.values() for target in scheme.targets]
+        matched = match_named_modules(prepared, targets, config.ignore)
+        config.ignore += [*ignored, *(name for name, module in matched if not is_module_quantized(module))]
+    return compressor
+
+
+def choose_format(module: Any) -> None:
+    """Says in a quantized module's scheme how it is stored, where the config does not.
+
+    compressed-tensors would say it by the module's exact class, and leave subclasses of Linear in float.
+    """
+    scheme = getattr(module, "quantization_scheme", None)
+    if isinstance(scheme, QuantizationScheme):
+        module_class = nn.Linear if isinstance(module, nn.Linear) else type(module)
+        scheme.format = CompressionFormat(scheme.format or infer_module_format(module_class, scheme))
 
 
 def foresee(sites: Iterable[Site]) -> tuple[Sites, dict[str, Sequence[int]]]:
@@ -312,10 +345,12 @@ def find_places(model: nn.Module, sites: Mapping[str, Collection[str]]) -> dict[
         path, _, role = site.rpartition(".")
         module = model.get_submodule(path)
         places[site] = {kind: getattr(module, f"{role}_{kind}", None) for kind in QPARAMS}
+        scheme = getattr(module, "quantization_scheme", None)
         # transformers loads a quantized embedding as one in float.
         if (
             isinstance(module, nn.Embedding)
-            or not hasattr(module, "quantization_scheme")
+            or scheme is None
+            or (role == "weight" and scheme.format == CompressionFormat.dense)
             or any(places[site][kind] is None for kind in kinds)
         ):
             homeless.append(site)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 from safetensors import safe_open
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxmse.config import Site
-from fxmse.outputs.checkpoint import check_model, find_homes, find_places, foresee, prepare_model
+from fxmse.outputs.checkpoint import check_model, find_homes, find_places, foresee, make_compressor, prepare_model
 from fxmse.outputs.experts import Experts, Sites
 from fxmse.outputs.files import replace_file
 
@@ -49,8 +48,6 @@ class Shards:
     def __init__(
         self, model: nn.Module, config: QuantizationConfig, sites: Iterable[Site], conversions: Sequence[Any] = ()
     ) -> None:
-        from compressed_tensors.compressors import ModelCompressor
-
         check_model(model)
         foreseen, self._blocks = foresee(sites)
         copied = _copy_on_meta(model)
@@ -61,9 +58,7 @@ class Shards:
             own.path: own for own in experts if own and not Experts.of(own.path, self.model.get_submodule(own.path))
         }
         find_places(self.model, {site: list(kinds) for site, kinds in split.items()})
-        self._compressor = ModelCompressor.from_pretrained_model(self.model)
-        if self._compressor.quantization_config:
-            self._compressor.quantization_config.ignore += ignored
+        self._compressor = make_compressor(self.model, ignored)
 
     def measure(self) -> int:
         """The bytes of all tensors of the checkpoint, or a little more: zero points before they are packed."""
@@ -177,8 +172,7 @@ def _compress(module: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Compressors hold several copies of a weight, of 4 bytes an element: large ones are compressed some rows at a time.
     """
     scheme = module.quantization_scheme
-    scheme.format = CompressionFormat(scheme.format or infer_module_format(type(module), scheme))
-    compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
+    compressor = BaseCompressor.get_value_from_registry(CompressionFormat(scheme.format).value)
     if "weight" not in tensors:  # of attention, or where the weight was written with an earlier part
         return compressor._remove_symmetric_zp(dict(tensors), scheme)
     weight = tensors["weight"]
