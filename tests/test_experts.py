@@ -463,3 +463,19 @@ def test_a_report_counts_the_tokens_of_grouped_products(models, checkpoints):
     assert all(
         sum(site.tokens_per_expert) == 2 * 8 * 2 and len(site.tokens_per_expert) == NUM_EXPERTS for site in sites
     )
+
+
+def test_a_matrix_that_is_one_block_has_a_scale_of_rows_and_columns():
+    module = nn.Module()
+    module.gate_up_proj = nn.Parameter(torch.empty(NUM_EXPERTS, 256, 128))
+    module.down_proj = nn.Parameter(torch.empty(NUM_EXPERTS, 128, 128))
+    experts = Experts.of("experts", module)
+    scales = {name: torch.rand(NUM_EXPERTS, count, 1) for name, count in (("gate_up_proj", 2), ("down_proj", 1))}
+    for name, scale in scales.items():
+        qparams = {"scale": scale, "zero_point": None, "global_scale": None}
+        split = experts.split_site(f"experts.{name}_weight", qparams, [128, 128])
+        for expert in range(NUM_EXPERTS):
+            linears = ("gate_proj", "up_proj") if name == "gate_up_proj" else ("down_proj",)
+            own = [split[f"experts.{expert}.{linear}.weight"] for linear in linears]
+            assert all(q["zero_point"] is None and q["scale"].shape == (1, 1) for q in own)
+            assert torch.equal(torch.cat([q["scale"] for q in own]), scale[expert])
