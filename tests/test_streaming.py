@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from architectures import ARCHITECTURES
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle import fake_quantize
@@ -244,6 +245,44 @@ def test_experts_make_up_for_what_was_quantized_before_them(shows_all, tmp_path)
         is_near = {others: torch.isclose(scale, own, rtol=1e-5).float().mean() for others, own in expected.items()}
         assert (is_near[True] > 0.99) == shows_all
         assert is_near[False] < 0.9
+
+
+@pytest.mark.parametrize("observer", ["exact_mse", "output_mse"])
+def test_biases_bring_means_back_to_those_of_the_float_model(observer, tmp_path):
+    """Of what a part computes first, whose inputs are the quantized model's."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 2, "vocab_size": 256, "word_embed_proj_dim": 64}
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, num_hidden_layers=2, use_cache=False))
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.15)
+    model.save_pretrained(tmp_path / "float")
+    model, batches = model.from_pretrained(tmp_path / "float").eval(), make_batches("Llama")
+    config = make_config("W4A16", group_size=32, num_bits=3, observer=observer)
+    means = {}
+    for is_corrected in (False, True):
+        out = tmp_path / f"corrected {is_corrected}"
+        quantize = {"batches": batches, "propagate": "quantized", "progress": False}
+        fxmse.quantize_checkpoint(tmp_path / "float", config, out=out, bias_correction=is_corrected, **quantize)
+        means[is_corrected] = find_means(model.from_pretrained(out), batches)
+    expected = find_means(model, batches)
+    for name in ("1.self_attn.v_proj", "1.self_attn.out_proj", "1.fc1", "1.fc2"):
+        name = f"model.decoder.layers.{name}"
+        off = {key: (mean[name] - expected[name]).abs().max() for key, mean in means.items()}
+        assert off[True] < 1e-5 < 1e-3 < off[False]
+
+
+def find_means(model, batches):
+    """The mean of each linear's output."""
+    values = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda _, args, output, name=name: values.setdefault(name, []).append(output.flatten(0, -2))
+            )
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    return {name: torch.cat(own).mean(0) for name, own in values.items()}
 
 
 def quantize_linears(model, names, checkpoint, config):

@@ -46,10 +46,13 @@ class MeanState(NamedTuple):
     Attributes:
         totals: of each channel, float64, shape (matrices, channels).
         num_tokens: float64, no dimension.
+        references: those of what the values would be if nothing before them was quantized; None where that is not known
+            of all.
     """
 
     totals: Tensor | None = None
     num_tokens: Tensor | None = None
+    references: Tensor | None = None
 
     @property
     def witnesses(self) -> list[Tensor]:
@@ -92,16 +95,19 @@ class Inputs(Stateful[Any]):
         form: what is added up; weights that read the same values can share what is equal.
         suffix: what it is called, behind its weight's name.
         strategies: of the weights that it can be used for.
+        takes_references: whether it has a use for what :meth:`expect` says.
     """
 
     state_class: ClassVar[type]
     suffix: ClassVar[str]
     strategies: ClassVar[tuple[str, ...]]
+    takes_references: ClassVar[bool] = False
     num_tokens: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
         self.name = self.suffix
+        self._expected: deque[Tensor | None] = deque()
 
     @property
     def form(self) -> Hashable:
@@ -116,6 +122,18 @@ class Inputs(Stateful[Any]):
     def sums(self) -> Tensor | None:
         """What has been added up."""
         return self.state[0]
+
+    def expect(self, references: Iterable[Tensor | None]) -> None:
+        """Says what the values that will be shown next would be if nothing before them was quantized.
+
+        None stands for what would be of other tokens, as where experts are chosen for them.
+        """
+        self._expected = deque(references)
+
+    def _take_reference(self, x: Tensor) -> Tensor | None:
+        """What is expected of ``x``, if that is known."""
+        reference = self._expected.popleft() if self._expected else None
+        return None if reference is None or reference.shape != x.shape else reference.to(x.device)
 
     def init(self) -> InputState:
         """The state before the first value."""
@@ -215,7 +233,9 @@ class Mean(Inputs):
 
     state_class = MeanState
     suffix = "input_mean"
+    takes_references = True
     totals: Tensor | None
+    references: Tensor | None
 
     def __init__(self, bias: str, weight: str, arrangement: Patches | None) -> None:
         super().__init__()
@@ -223,6 +243,12 @@ class Mean(Inputs):
 
     def _sum_up(self, x: Tensor, mask: Tensor | None, numbers: Tensor | None) -> Any:
         """As :meth:`Inputs._sum_up`; what a convolution reads has no mask."""
+        state, reference = self._sum_values(x, mask, numbers), self._take_reference(x)
+        if reference is None:
+            return state
+        return state._replace(references=self._sum_values(reference, mask, numbers).totals)
+
+    def _sum_values(self, x: Tensor, mask: Tensor | None, numbers: Tensor | None) -> Any:
         if self.arrangement is None:
             return super()._sum_up(x, mask, numbers)
         patches = self.arrangement.arrange(x)
@@ -238,7 +264,9 @@ class Mean(Inputs):
         return self.totals is not None and bool(self.num_tokens)
 
     def correct(self, bias: Tensor, rows: Tensor, quantized: Tensor) -> Tensor:
-        """The bias with which the mean of the output is what it was: b + E[x] (w - q(w)), computed in float64.
+        """The bias with which the mean of the output is what it was: b + E[r] w - E[x] q(w), computed in float64.
+
+        r is what x would be if nothing before it was quantized; where that is not known, it is x.
 
         Args:
             bias: shape (out,).
@@ -247,9 +275,12 @@ class Mean(Inputs):
         """
         assert self.totals is not None
         assert self.num_tokens is not None
-        mean = (self.totals / self.num_tokens).to(rows.device)
-        change = (rows.double() - quantized.double()).unflatten(0, (len(mean), -1))
-        return (bias.double() + (change @ mean[:, :, None]).flatten()).to(bias.dtype)
+        references = self.totals if self.references is None else self.references
+        before, after = (
+            (values.double().unflatten(0, (len(sums), -1)) @ (sums / self.num_tokens).to(rows.device)[:, :, None])
+            for values, sums in ((rows, references), (quantized, self.totals))
+        )
+        return (bias.double() + (before - after).flatten()).to(bias.dtype)
 
 
 class Products(Inputs):
@@ -266,6 +297,7 @@ class Products(Inputs):
     state_class = ProductsState
     suffix = "products"
     strategies = ("tensor", "channel", "group", "tensor_group", "block")
+    takes_references = True
     products: Tensor | None
     crosses: Tensor | None
 
@@ -273,19 +305,11 @@ class Products(Inputs):
         super().__init__()
         self.block_size, self.max_channels = block_size, max_channels
         self.arrangement: Arrangement | None = None
-        self._references: deque[Tensor | None] = deque()
 
     @property
     def form(self) -> Hashable:
         """What is added up."""
         return self.suffix, self.block_size, self.max_channels, self.arrangement
-
-    def expect(self, references: Iterable[Tensor | None]) -> None:
-        """Says what the values that will be shown next would be if nothing before them was quantized.
-
-        None stands for what would be of other tokens, as where experts are chosen for them.
-        """
-        self._references = deque(references)
 
     def _sum_up(self, x: Tensor, mask: Tensor | None, numbers: Tensor | None) -> InputState:
         """As :meth:`Inputs._sum_up`.
@@ -296,10 +320,10 @@ class Products(Inputs):
             numbers: of each token's expert, where ``x`` is what all experts are shown.
         """
         state = self._sum_products(x, mask, numbers)
-        reference = self._references.popleft() if self._references else None
-        if reference is None or reference.shape != x.shape:
+        reference = self._take_reference(x)
+        if reference is None:
             return state
-        change = x.float() - reference.to(x.device).float()
+        change = x.float() - reference.float()
         if numbers is not None:
             assert isinstance(self.arrangement, Experts)
             tokens, changes = x.flatten(0, -2), change.flatten(0, -2)

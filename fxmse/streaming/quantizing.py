@@ -23,7 +23,6 @@ from fxmse.calibration.ranks import check_group, join
 from fxmse.capture.front_ends import split_inputs
 from fxmse.config import CONFIG_KEY, Config, Site, resolve_config
 from fxmse.inputs.weights import Skeleton, load_skeleton
-from fxmse.observers.inputs import Products
 from fxmse.outputs.checkpoint import check_replaceable, copy_tokenizer, read_biases, read_sites, warn_of_dtype
 from fxmse.outputs.experts import Sites
 from fxmse.outputs.reporting import SiteReport, report
@@ -64,7 +63,8 @@ class StreamOptions:
             small as can be, so that each weight is calibrated on what all before it compute.
         propagate: what a part is calibrated on: "float", the values of the float model, or "quantized", those that the
             quantized parts before it compute. Within a part values are those of its float weights. ``output_mse`` then
-            looks for the least change of a layer's output from that of the float model, whose values are computed, too.
+            looks for the least change of a layer's output from that of the float model, and corrected biases bring its
+            mean back to that; the float model's values are computed for it, too.
         moe_calibrate_all_experts: as for ``fxmse.prepare``.
         bias_correction: as for ``fxmse.prepare``.
         reports: whether weights are measured once they are quantized.
@@ -341,7 +341,7 @@ class _Run:
         job.parts.clear()
         self.propagate = job.options.propagate if job.is_observed else ""
         # Whether what passes between parts passes in float, too.
-        self.is_paired = self.propagate == "quantized" and any(_has_products(part) for part in self.parts if part)
+        self.is_paired = self.propagate == "quantized" and any(_takes_references(part) for part in self.parts if part)
         self.reports = job.options.reports
         self._memory = Memory()
         self._waiting = set(self.weights.names)
@@ -455,8 +455,8 @@ class _Feed:
         activations.write(self.number + 1, batch, {name: known[name] for name in self.part.carried})
 
 
-def _has_products(part: Part) -> bool:
-    return any(isinstance(inputs, Products) for _, inputs in find_inputs(part.graph_module))
+def _takes_references(part: Part) -> bool:
+    return any(inputs.takes_references for _, inputs in find_inputs(part.graph_module))
 
 
 def _move(values: Any, device: torch.device) -> Any:
