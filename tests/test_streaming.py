@@ -285,6 +285,48 @@ def find_means(model, batches):
     return {name: torch.cat(own).mean(0) for name, own in values.items()}
 
 
+OWN_CODE = """
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own"
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding, self.linear = nn.Embedding(256, 64), nn.Linear(64, 64)
+        self.post_init()
+
+    def forward(self, input_ids):
+        return self.linear(self.embedding(input_ids))
+"""
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForCausalLM"])
+def test_code_of_a_models_own_goes_with_it(auto_class, tmp_path):
+    folder, out = tmp_path / "float", tmp_path / "out"
+    folder.mkdir()
+    (folder / "own.py").write_text(OWN_CODE)
+    auto_map = {"AutoConfig": "own.OwnConfig", auto_class: "own.OwnModel"}
+    config = {"model_type": "own", "auto_map": auto_map, "architectures": ["OwnModel"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"embedding.weight": (256, 64), "linear.weight": (64, 64), "linear.bias": (64,)}
+    save_file(
+        {name: torch.randn(shape) for name, shape in shapes.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    batch = {"input_ids": torch.arange(8)[None]}
+    fxmse.quantize_checkpoint(folder, "W8A8", [batch], out=out, trust_remote_code=True, progress=False)
+    load = getattr(transformers, auto_class).from_pretrained
+    model, loaded = (load(path, trust_remote_code=True) for path in (folder, out))
+    expected = model(**batch)
+    torch.testing.assert_close(loaded(**batch), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
 def quantize_linears(model, names, checkpoint, config):
     """Rounds weights as a checkpoint has them."""
     for name in names:

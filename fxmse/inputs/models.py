@@ -96,8 +96,15 @@ def find_model_class(path: Path, *, trust_remote_code: bool = False) -> tuple[An
 
     list_weight_files(path)  # transformers would not name an index that is none
     config = load_pretrained(transformers.AutoConfig, path, trust_remote_code=trust_remote_code)
-    classes = [getattr(transformers, str(name), None) for name in getattr(config, "architectures", None) or []]
+    names = [str(name) for name in getattr(config, "architectures", None) or []]
+    classes = [getattr(transformers, name, None) for name in names]
     models = [kind for kind in classes if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
+    # Of a class in the folder transformers says by which of its own classes it is loaded.
+    references = (getattr(config, "auto_map", None) or {}).items()
+    auto = [name for name, reference in references if str(reference).rpartition(".")[2] in names]
+    models += [
+        getattr(transformers, name) for name in auto if name.startswith("AutoModel") and hasattr(transformers, name)
+    ]
     return (models[0] if models else transformers.AutoModel), config
 
 

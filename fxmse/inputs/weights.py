@@ -1,6 +1,7 @@
 """Hugging Face models without their weights, which are read from the folder's safetensors when they are asked for."""
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,7 +67,8 @@ def load_skeleton(path: Path, dtype: torch.dtype | None = None, *, trust_remote_
     model_class, config = find_model_class(path, trust_remote_code=trust_remote_code)
     found = _find_tensors(path)
     dtype = dtype or config.dtype or _find_dtype(tensor for _, tensor in found.values())
-    make = getattr(model_class, "_from_config", None) or model_class.from_config
+    make = getattr(model_class, "_from_config", None)
+    make = make or functools.partial(model_class.from_config, trust_remote_code=trust_remote_code)
     with _parameters_on_meta():
         model = make(config, dtype=dtype).eval()
     weights = Weights(path, model, found, dtype)

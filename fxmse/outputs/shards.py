@@ -113,7 +113,9 @@ class Shards:
         return split
 
     def write_index(self, folder: Path, files: Iterable[str]) -> None:
-        """What says which file of ``folder`` has which tensor, and the config."""
+        """What says which file of ``folder`` has which tensor, the config, and the model's own code, if it has some."""
+        from transformers.dynamic_module_utils import custom_object_save
+
         weight_map: dict[str, str] = {}
         total = 0
         for file in files:
@@ -125,6 +127,8 @@ class Shards:
         config = self.model.config
         config.architectures = [type(self.model).__name__]
         config.save_pretrained(folder)
+        if self.model._auto_class is not None:  # of code that was in the float model's folder, and goes with it
+            custom_object_save(self.model, str(folder), config=config)
         if self.model.can_generate() and self.model.generation_config is not None:
             self.model.generation_config.save_pretrained(folder)
         assert self._compressor.quantization_config is not None
