@@ -98,12 +98,15 @@ def test_a_decomposed_program_needs_no_data_for_weights(folder, tmp_path, capsys
 )
 def test_a_program_to_an_onnx_model(folder, tmp_path, capsys, scheme, opset, form):
     out = tmp_path / "out.onnx"
-    assert run("quantize", folder / "mlp.pt2", "--scheme", scheme, "--data", folder / "batches.pt", "--out", out) == 0
+    data = ["--data", folder / "batches.pt", "--report", "html"]
+    assert run("quantize", folder / "mlp.pt2", "--scheme", scheme, *data, "--out", out) == 0
     printed = capsys.readouterr()
     assert f"{out} is in opset {opset}" in printed.err
     assert form in printed.out
-    assert run("inspect", out) == 0
-    assert capsys.readouterr().out == printed.out
+    page = tmp_path / "out.html"
+    for written in (out, page):
+        assert run("inspect", written) == 0
+        assert printed.out == f"{capsys.readouterr().out.rstrip()}\nto look at: {page}\n"
 
 
 def test_an_onnx_model_is_refused_before_the_search(folder, tmp_path, capsys):
@@ -255,6 +258,10 @@ def test_inputs_that_a_folders_model_does_not_have_are_named(folder, tmp_path, c
         (["{folder}/llama", "--scheme", "FP8", "--out", "{folder}/llama"], r"llama exists and holds no quantized"),
         (["{folder}/mlp.pt2", "--scheme", "W4A16", "--out", "{out}.pt2", "--bias-correction"], r"give --data"),
         (["{folder}", "--scheme", "FP8", "--out", "{out}"], r"expected a .pt2, or a folder with a config.json"),
+        (
+            ["{folder}/mlp.pt2", "--scheme", "w4a16", "--ignore", "0", "2", "--out", "{out}.pt2"],
+            r"no value is quantized",
+        ),
         (["{folder}/texts.txt", "--scheme", "FP8", "--out", "{out}"], r"expected a .pt2, or a folder"),
         (
             ["{folder}/mlp.pt2", "--scheme", "a.yaml", "--ignore", "0", "--out", "{out}.pt2"],
@@ -368,3 +375,8 @@ def test_names_that_a_program_does_not_have_are_one_line(tmp_path, capsys):
     arguments = ["--scheme", "W8A8", "--data", tmp_path / "x.safetensors", "--out", tmp_path / "q.pt2"]
     assert run("quantize", tmp_path / "model.pt2", *arguments) == 1
     assert_one_line(capsys, r"batch 1 of the data has x .*, z .*: expected input 0 .*, input 1")
+
+
+def test_a_plan_is_of_a_folder(folder, capsys):
+    assert run("plan", folder / "mlp.pt2", "--scheme", "FP8") == 1
+    assert_one_line(capsys, r"mlp.pt2: expected a Hugging Face folder")

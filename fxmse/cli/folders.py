@@ -66,6 +66,8 @@ def _find_workers(device: str | None) -> tuple[Workers, int, int]:
 
 def run_plan(options: argparse.Namespace) -> None:
     """Runs the command."""
+    if not options.model.is_dir():
+        raise ValueError(f"{options.model}: expected a Hugging Face folder")
     config = make_config(options)
     skeleton = load_skeleton(options.model, trust_remote_code=options.trust_remote_code)
     job = plan_job(skeleton, ignore_tied(config, skeleton.model), options=StreamOptions())

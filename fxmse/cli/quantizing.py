@@ -76,12 +76,12 @@ def run_quantize(options: argparse.Namespace) -> None:
         program = export(quantized, example, decompose=options.decompose)
         program = move_to_device_pass(program, "cpu") if options.device else program
         save_program(program, options.out, extra_files)
-        if page is not None:
-            with replace_file(find_page(options.out)) as new:
-                new.write_text(page, encoding="utf-8")
     else:
         extra_files |= {} if page is None else {PAGE_FILE: page}
         save_pretrained(quantized, source.model, options.out, extra_files=extra_files)
+    if page is not None and is_file(options.out):
+        with replace_file(find_page(options.out)) as new:
+            new.write_text(page, encoding="utf-8")
     is_told = page is not None and not options.json
     print_text(format_report(summary, options.json) + (f"\nto look at: {find_page(options.out)}" if is_told else ""))
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fxmse.cli.paths import is_program
+from fxmse.cli.paths import is_file
 from fxmse.outputs.report_html import PAGE_SUFFIXES
 from fxmse.outputs.reporting import SiteReport
 from fxmse.outputs.summaries import COLUMNS, format_sites
@@ -28,7 +28,7 @@ __all__ = [
 REPORT_FILE = "fxmse_report.json"
 """The report's name inside of a .pt2 and of a checkpoint's folder."""
 PAGE_FILE = "fxmse_report.html"
-"""The page's name in a checkpoint's folder; a .pt2's is beside it, under the same name but for the ending."""
+"""The page's name in a checkpoint's folder; that of a file is beside it, under its name but for the ending."""
 
 
 def list_facts(options: argparse.Namespace, num_batches: int, start: float) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def leave_pictures_out(document: dict[str, Any]) -> dict[str, Any]:
 
 def find_page(out: Path) -> Path:
     """Where the page of what is written there is."""
-    return out.with_suffix(PAGE_SUFFIXES[0]) if is_program(out) else out / PAGE_FILE
+    return out.with_suffix(PAGE_SUFFIXES[0]) if is_file(out) else out / PAGE_FILE
 
 
 def parse_report(content: str, path: Path) -> dict[str, Any]:

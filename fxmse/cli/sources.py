@@ -25,7 +25,7 @@ def make_config(options: argparse.Namespace) -> QuantizationConfig:
     """The scheme, checked before anything is done."""
     config: Config = options.scheme
     if options.ignore:
-        if options.scheme not in PRESET_SCHEMES:
+        if options.scheme.upper() not in PRESET_SCHEMES:
             raise ValueError("--ignore goes with a preset; a config file has an ignore list of its own")
         config = {"config_groups": {options.scheme: ["Linear"]}, "ignore": options.ignore}
     name = options.observer
