@@ -21,6 +21,7 @@ from fxmse.observers import Observer
 from fxmse.outputs.checkpoint import choose_format
 from fxmse.outputs.shards import Shards, _compress
 from fxmse.passes.probe import find_probes
+from fxmse.streaming.activations import Activations
 from fxmse.streaming.work import Work
 
 pytestmark = [
@@ -411,6 +412,28 @@ def test_what_it_takes_is_known_before(tmp_path):
         fxmse.quantize_checkpoint(tmp_path / "float", config, make_batches("Llama"), out=out, progress=False)
         expected = sum(tensor.nbytes for tensor in load_tensors(out).values())
         assert expected <= Shards(model, config, sites).measure() <= 1.01 * expected
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: x.chunk(2, 1)[1],
+        lambda x: x.transpose(1, 2)[:, ::2],
+        lambda x: x[1, 2:3].expand(4, 16),
+        lambda x: x[:0],
+        lambda x: x[1, 2, 3],
+    ],
+)
+def test_pieces_keep_their_strides_and_no_more_than_their_memory(cut, tmp_path):
+    """Kernels choose by strides how to add up."""
+    whole = torch.randn(4, 8, 16)
+    piece = cut(whole)
+    activations = Activations(tmp_path / "activations")
+    activations.write(0, 0, {"piece": piece})
+    found = activations.read(0, 0)["piece"]
+    assert torch.equal(found, piece)
+    assert found.stride() == piece.stride()
+    assert found.untyped_storage().nbytes() < whole.nbytes
 
 
 def test_a_folder_that_lacks_tensors_is_refused(tmp_path):

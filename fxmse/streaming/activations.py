@@ -61,6 +61,10 @@ class Activations:
 
 
 def _own(value: Any) -> Any:
-    """A tensor with no more memory than it shows, where it is a piece of a larger one."""
-    is_piece = isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.nbytes
-    return value.clone() if is_piece else value
+    """A tensor with no more memory than from its first to its last element, where it is a piece of a larger one."""
+    if not isinstance(value, torch.Tensor) or value.untyped_storage().nbytes() <= value.nbytes:
+        return value
+    if not value.numel():
+        return value.clone()
+    length = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.as_strided((length,), (1,)).clone().as_strided(value.shape, value.stride(), 0)
