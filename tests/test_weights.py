@@ -83,6 +83,20 @@ def test_tensors_are_one_where_transformers_has_them_one(names, folder, request,
         assert torch.equal(found[skeleton.weights.find(parameter)], model.get_parameter(name)), name
 
 
+def test_tied_tensors_that_do_not_fit_are_named(tmp_path):
+    make_folder(TIED["Llama"], tmp_path)
+    embedding, head = NAMES["Llama"]
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, head: tensors[embedding][1:].clone()}, file)
+    with pytest.raises(ValueError, match=f": {head} has shape"):
+        load_skeleton(tmp_path)
+    del tensors[embedding]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=f"there is no {head}; there is no {embedding}"):
+        load_skeleton(tmp_path)
+
+
 @pytest.mark.parametrize("folder", ["equal", "different", "without the source"])
 def test_what_a_folder_has_twice_is_written_as_in_memory(folder, tmp_path):
     architecture = TIED["Llama"]
@@ -125,3 +139,67 @@ def test_another_process_goes_on_with_the_same_names(tmp_path):
         assert (done.returncode == 0) == (num_parts == 0), done.stderr
         assert num_parts == 0 or "no power" in done.stderr, done.stderr
     check_equal(tmp_path / "out", alone)
+
+
+DEEPSEEK = {
+    **TEXT,
+    "num_hidden_layers": 2,  # what a router chooses passes to a second one
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 0,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+}
+KEPT = {
+    "DeepSeek-V3": Architecture("DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK),
+    "GPT-OSS": Architecture(
+        "GptOssForCausalLM", "GptOssConfig", {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
+    ),
+}
+KEPT |= {name: ARCHITECTURES[name] for name in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_dtypes_are_those_that_transformers_loads(name, tmp_path):
+    model = KEPT[name].make_model()
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        skeleton = load_skeleton(tmp_path, dtype)
+        expected = type(model).from_pretrained(tmp_path, dtype=dtype)
+        assert list_tensors(skeleton.model) == list_tensors(expected)
+        for buffer, value in expected.named_buffers():
+            assert torch.equal(skeleton.model.get_buffer(buffer), value), buffer
+
+
+def put_biases(tensors):
+    """Biases of routers that bfloat16 cannot tell apart."""
+    near = {name: 5 + 0.01 * torch.randn(t.shape) for name, t in tensors.items() if name.endswith("correction_bias")}
+    assert near
+    return tensors | near
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "dtype", "config"),
+    [
+        ("DeepSeek-V3", put_biases, torch.bfloat16, make_config("W4A16", group_size=32, observer="output_mse")),
+        ("T5", None, torch.float16, FP8),
+    ],
+    ids=["DeepSeek-V3", "T5"],
+)
+def test_what_stays_in_float32_is_calibrated_as_in_memory(name, change, dtype, config, tmp_path):
+    architecture = KEPT[name]
+    model = make_folder(architecture, tmp_path / "float", change, dtype)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {dtype, torch.float32}
+    batches = [architecture.make_inputs(2, seed) for seed in range(2)]
+    config = config.model_copy(update={"ignore": ["lm_head", "re:.*gate$"]})
+    fxmse.save_pretrained(fxmse.quantize(model, config, batches, progress=False), model, tmp_path / "whole")
+    out = tmp_path / "parts"
+    fxmse.quantize_checkpoint(tmp_path / "float", config, batches, out=out, part_size=1, progress=False)
+    check_equal(out, tmp_path / "whole")
