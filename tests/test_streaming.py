@@ -43,6 +43,10 @@ def load_tensors(folder):
     return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
+def list_names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def check_equal(found, expected):
     """Whether two checkpoints hold the same, bit for bit."""
     assert json.loads((found / "config.json").read_text()) == json.loads((expected / "config.json").read_text())
@@ -81,7 +85,7 @@ def test_parts_are_written_as_the_whole(name, config, dtype, tmp_path):
     fxmse.quantize_checkpoint(tmp_path / "float", config, batches, out=out, part_size=1, progress=False)
     check_equal(out, tmp_path / "whole")
     assert len(list(out.glob("*.safetensors"))) > 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "parts", "whole"]
+    assert list_names(tmp_path) == ["float", "parts", "whole"]
 
 
 def test_weights_alone_need_no_data(tmp_path):
@@ -132,6 +136,71 @@ def test_a_run_goes_on_where_it_ended(config, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize(
+    ("place", "options"),
+    [
+        ("fxmse.outputs.shards.save_file", {"part_size": 1}),
+        ("fxmse.streaming.work.Work.note", {"part_size": 1}),
+        ("fxmse.outputs.files._flush_tree", {}),
+    ],
+    ids=["in a file", "before its note", "at the end"],
+)
+def test_what_a_killed_run_leaves_is_in_no_checkpoint(place, options, tmp_path, monkeypatch):
+    save_model("Llama", tmp_path / "float")
+    run = {"folder": tmp_path / "float", "config": make_config("FP8"), "progress": False}
+    fxmse.quantize_checkpoint(**run, batches=make_batches("Llama"), out=tmp_path / "alone", **options)
+    hidden, left = tmp_path / ".out.fxmse", tmp_path / "left"
+
+    def kill(*arguments, **_):
+        for path in arguments:
+            if isinstance(path, Path) and not path.is_dir():
+                path.write_bytes(b"half of it")
+        shutil.copytree(hidden, left)  # nothing is tidied up behind a process that is killed
+        raise KeyboardInterrupt
+
+    files = {"notes.md": "of the killed run"}
+    with monkeypatch.context() as patch:
+        patch.setattr(place, kill)
+        with pytest.raises(KeyboardInterrupt):
+            fxmse.quantize_checkpoint(**run, batches=make_batches("Llama"), out=tmp_path / "out", extra_files=files)
+    shutil.rmtree(hidden, ignore_errors=True)
+    left.rename(hidden)
+    (hidden / "activations-1" / "00000").mkdir(parents=True)  # of a group
+    fxmse.quantize_checkpoint(**run, batches=make_batches("Llama"), out=tmp_path / "out", **options)
+    check_equal(tmp_path / "out", tmp_path / "alone")
+    assert list_names(tmp_path / "out") == list_names(tmp_path / "alone")
+    assert list_names(tmp_path) == ["alone", "float", "out"]
+
+
+def test_the_hidden_folder_holds_what_its_record_lists(tmp_path):
+    def list_all():
+        return sorted(str(path.relative_to(hidden)) for path in hidden.rglob("*") if path.is_file())
+
+    hidden = tmp_path / ".out.fxmse"
+    with Work(tmp_path / "out", Alone()) as work:
+        work.resume({})
+        work.activations.write(1, 0, {"x": torch.ones(2)})
+        (work.folder / "a").write_text("first part")
+        work.note({}, ["a"], 1)
+        expected = list_all()
+        (work.folder / "b").write_text("second part")
+        (work.folder / ".b.fxmse-01234567").mkdir()
+        (work.folder / ".b.fxmse-01234567" / "new").write_text("half")
+        work.activations.write(0, 0, {"x": torch.ones(2)})
+        work.activations.write(2, 0, {"x": torch.ones(2)})
+        work.floats.write(2, 0, {"x": torch.ones(2)})
+        (hidden / "activations-1").mkdir()
+        (hidden / "activations-1" / "x").write_text("of another process")
+    with Work(tmp_path / "out", Alone()) as work:
+        work.resume({})
+        assert list_all() == expected
+        assert list_names(work.folder) == ["a"]
+        (work.folder / "stray").write_text("")
+        work.finish(lambda folder: (folder / "config.json").write_text("{}"))
+    assert list_names(tmp_path) == ["out"]
+    assert list_names(tmp_path / "out") == ["a", "config.json"]
+
+
 def test_what_cannot_be_gone_on_with_is_said(tmp_path, monkeypatch):
     save_model("Llama", tmp_path / "float")
     batches, out = make_batches("Llama"), tmp_path / "out"
@@ -167,7 +236,7 @@ def test_what_cannot_be_gone_on_with_is_said(tmp_path, monkeypatch):
         quantize(part_size=1)
     monkeypatch.setattr(Work, "note", note)
     quantize(part_size=1, resume=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "out"]
+    assert list_names(tmp_path) == ["float", "out"]
 
 
 def test_parts_can_be_calibrated_on_what_quantized_ones_compute(tmp_path):
@@ -389,7 +458,7 @@ def test_several_processes_write_what_one_does(tmp_path):
         assert not (tmp_path / "out").exists()
         processes(quantize_in_processes, shards, **common)
     check_equal(tmp_path / "out", tmp_path / "alone")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "float", "out"]
+    assert list_names(tmp_path) == ["alone", "float", "out"]
 
 
 def test_space_is_looked_for_first(tmp_path, monkeypatch):

@@ -313,12 +313,14 @@ def run_job(
                     run.quantize(number)
                 bar.update(size)
         reports = [SiteReport(**fields) for part in work.done for fields in part["reports"]]
-        if work.is_first:
-            job.shards.write_index(work.folder, [file for part in work.done for file in part["files"]])
-            copy_tokenizer(path, work.folder)
+
+        def write_rest(folder: Path) -> None:
+            job.shards.write_index(folder, [file for part in work.done for file in part["files"]])
+            copy_tokenizer(path, folder)
             for name, content in make_files(reports).items():
-                (work.folder / name).write_text(content)
-        work.finish()
+                (folder / name).write_text(content, encoding="utf-8")
+
+        work.finish(write_rest)
     return reports
 
 

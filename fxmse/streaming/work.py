@@ -5,7 +5,7 @@ import fcntl
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,19 +20,21 @@ __all__ = ["Work"]
 
 _RECORD = "run.json"
 _LOCK = "lock"
+_CHECKPOINT = "checkpoint"
 
 
 class Work:
     """A hidden folder beside the checkpoint to be, held by one process at a time, or by those of one group.
 
-    The first of these keeps the record and writes the checkpoint; each has activations of its own.
+    The first of these keeps the record and writes the checkpoint; each has activations of its own. The folder holds
+    what the record lists and what is in progress: all else that a run that was killed has left is removed by the next.
 
     Args:
         out: where the checkpoint will be.
         ranks: the processes that work on it.
 
     Attributes:
-        folder: what becomes the checkpoint.
+        folder: where the parts' files are until they become the checkpoint.
         activations: what passes between parts, of this process's data.
         floats: the same of the float model, where activations are those of the quantized one.
         done: what was noted of each part that is finished.
@@ -47,9 +49,8 @@ class Work:
         self._base = _find_base(out)
         self._base.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self._base / _LOCK, out) if self.is_first else None
-        self.folder = self._base / "checkpoint"
-        self.activations = Activations(self._base / f"activations-{ranks.rank}")
-        self.floats = Activations(self._base / f"floats-{ranks.rank}")
+        self.folder = self._base / _CHECKPOINT
+        self.activations, self.floats = (Activations(self._base / name) for name in _name_passing(ranks.rank))
         self.done: list[dict[str, Any]] = []
         self._facts: dict[str, str] = {}
 
@@ -64,7 +65,9 @@ class Work:
         return (_find_base(out) / _RECORD).exists()
 
     def resume(self, facts: Mapping[str, str]) -> None:
-        """Takes what an earlier run of the same facts has finished.
+        """Takes what an earlier run of the same facts has finished, and removes all else that is there.
+
+        What passes to the first part may have been written before.
 
         Raises:
             ValueError: there is an unfinished run of other facts.
@@ -78,8 +81,9 @@ class Work:
         self._facts = dict(facts)
         self.folder.mkdir(exist_ok=True)
         self.done = []
+        sizes = {file.name: file.stat().st_size for file in self.folder.iterdir() if file.is_file()}
         for part in record["parts"] if record else ():
-            if any(_find_size(self.folder / name) != size for name, size in part["files"].items()):
+            if not part["files"].items() <= sizes.items():
                 break
             self.done.append(part)
         self.done = self._ranks.meet(self.done)[0]
@@ -87,6 +91,20 @@ class Work:
         if self.done and kept != self.done[-1]["activations"]:
             warnings.warn(f"{self._base} has lost what its finished parts pass on: starting anew", stacklevel=2)
             self.done = []
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Removes what no part that is done has written or passes on."""
+        for activations in (self.activations, self.floats):
+            activations.keep(len(self.done))
+        if self.is_first:
+            _keep(self.folder, self._list_files())
+            passing = [name for rank in range(self._ranks.size) for name in _name_passing(rank)]
+            _keep(self._base, {_LOCK, _RECORD, _CHECKPOINT, *passing})
+
+    def _list_files(self) -> set[str]:
+        """The files of the parts that are done."""
+        return {name for part in self.done for name in part["files"]}
 
     def note(self, part: Mapping[str, Any], files: list[str], following: int) -> None:
         """Notes that a part is finished.
@@ -112,19 +130,23 @@ class Work:
     def clear(self) -> None:
         """Forgets all that is there."""
         if self.is_first:
-            for name in (self.folder, *self._base.glob("activations-*"), *self._base.glob("floats-*")):
-                shutil.rmtree(name, ignore_errors=True)
-            (self._base / _RECORD).unlink(missing_ok=True)
+            (self._base / _RECORD).unlink(missing_ok=True)  # without it a run that is killed here has left nothing
+            _keep(self._base, {_LOCK})
         self._ranks.meet()
         self.done = []
 
-    def finish(self) -> None:
-        """Puts the checkpoint in its place."""
+    def finish(self, write_rest: Callable[[Path], object]) -> None:
+        """Puts the checkpoint in its place.
+
+        Args:
+            write_rest: called by the first process with a folder that has the parts' files; writes the others there.
+        """
         if self.is_first:
             with replace_folder(self.out) as new:
                 # A run that is killed here is gone on with from the parts, which stay until all is in its place.
-                for file in self.folder.iterdir():
-                    link(file, new / file.name)
+                for name in self._list_files():
+                    link(self.folder / name, new / name)
+                write_rest(new)
                 if self.out.exists():
                     keep_others(self.out, new)
         self.clear()
@@ -171,5 +193,17 @@ def _find_base(out: Path) -> Path:
     return out.absolute().parent / f".{out.name}.fxmse"
 
 
-def _find_size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def _name_passing(rank: int) -> tuple[str, str]:
+    """The folders of what passes between parts of a process's data, and of the same of the float model."""
+    return f"activations-{rank}", f"floats-{rank}"
+
+
+def _keep(folder: Path, names: Collection[str]) -> None:
+    """Removes all from a folder but what has one of these names."""
+    for entry in folder.iterdir():
+        if entry.name in names:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)  # a mapped file may stay a while, on file systems of networks
+        else:
+            entry.unlink()
