@@ -464,10 +464,61 @@ def test_several_processes_write_what_one_does(tmp_path):
 def test_space_is_looked_for_first(tmp_path, monkeypatch):
     save_model("Llama", tmp_path / "float")
     Usage = type(shutil.disk_usage(tmp_path))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 100_000))
-    with pytest.raises(ValueError, match=r"needs at least .* are free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 99_990))
+    with pytest.raises(ValueError, match=r"needs at least \d\d\d\.\d\d kB, and 99\.99 kB are free"):
         fxmse.quantize_checkpoint(tmp_path / "float", W4A16, out=tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
+
+
+OUTPUT = make_config("W4A16", group_size=32, observer="output_mse")
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [(W4A16, {}), (make_config("FP8"), {}), (OUTPUT, {"propagate": "quantized"})],
+    ids=["weights", "activations", "both models' activations"],
+)
+def test_space_is_that_of_what_is_missing(config, options, tmp_path, monkeypatch):
+    """On a disk of the size that a run has needed the same run is begun and gone on with, and on a smaller one not."""
+    save_model("Llama", tmp_path / "float")
+    hidden, out, sizes, capacity = tmp_path / ".out.fxmse", tmp_path / "out", [], 1 << 40
+
+    def measure():
+        return sum(path.stat().st_size for path in hidden.rglob("*") if path.is_file())
+
+    def quantize():
+        batches = [ARCHITECTURES["Llama"].make_inputs(size, size) for size in (8, 56)]  # those of the second are most
+        fxmse.quantize_checkpoint(tmp_path / "float", config, batches, out=out, part_size=1, progress=False, **options)
+
+    write, note, Usage = Activations.write, Work.note, type(shutil.disk_usage(tmp_path))
+
+    def write_and_measure(*arguments):
+        write(*arguments)
+        sizes.append(measure())
+
+    def note_and_end(work, *arguments):
+        sizes.append(measure())
+        note(work, *arguments)
+        if len(work.done) in ends_at:
+            raise KeyboardInterrupt
+
+    ends_at = ()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(capacity, measure(), capacity - measure()))
+    monkeypatch.setattr(Activations, "write", write_and_measure)
+    monkeypatch.setattr(Work, "note", note_and_end)
+    quantize()
+    shutil.rmtree(out)
+    capacity = int(0.8 * max(sizes))
+    more = "" if config is W4A16 else r" and about \d+\.\d+ .B more until it is done"
+    message = rf"needs at least \d+\.\d+ kB{more}, and \d+\.\d+ .B are free"
+    with pytest.raises(ValueError, match=message):
+        quantize()
+    assert not hidden.exists()
+    capacity, ends_at = int(1.3 * max(sizes)), (2, 6)
+    for _ in ends_at:
+        with pytest.raises(KeyboardInterrupt):
+            quantize()
+    quantize()
 
 
 @pytest.mark.filterwarnings("ignore:the model is torch.float32")

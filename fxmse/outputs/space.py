@@ -10,15 +10,31 @@ from fxmse.passes.constants import find_weights
 
 __all__ = ["check_space", "estimate_onnx", "estimate_program"]
 
+_UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
 
-def check_space(path: Path, num_bytes: int) -> None:
-    """Raises ValueError where fewer bytes are free beside ``path``; what is there is replaced only at the end."""
+
+def check_space(path: Path, num_bytes: int, meanwhile: int = 0) -> None:
+    """Raises ValueError where fewer bytes are free beside ``path``; what is there is replaced only at the end.
+
+    Args:
+        path: what will be written.
+        num_bytes: of it.
+        meanwhile: about how many more there will be beside it until it is done.
+    """
     free = shutil.disk_usage(path.absolute().parent).free
-    if free < num_bytes:
+    if free < num_bytes + meanwhile:
+        more = f" and about {_print_size(meanwhile)} more until it is done" if meanwhile else ""
         raise ValueError(
-            f"{path} needs at least {num_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: free some, or write it "
-            "elsewhere"
+            f"{path} needs at least {_print_size(num_bytes)}{more}, and {_print_size(free)} are free: free some, or "
+            "write it elsewhere"
         )
+
+
+def _print_size(num_bytes: int) -> str:
+    for unit, size in _UNITS.items():
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} bytes"
 
 
 def estimate_program(observed: GraphModule) -> int:

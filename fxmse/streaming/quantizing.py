@@ -1,6 +1,7 @@
 """From a folder of float weights to a compressed-tensors checkpoint, part by part."""
 
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 from fxmse.calibration.observing import check_batches, observe_batches
@@ -204,6 +205,7 @@ class Job(NamedTuple):
         sites: all that is quantized.
         is_observed: whether data is needed.
         num_bytes: of the checkpoint's tensors.
+        example_bytes: of the batch that the graph was traced with.
     """
 
     skeleton: Skeleton
@@ -216,6 +218,7 @@ class Job(NamedTuple):
     sites: list[Site]
     is_observed: bool
     num_bytes: int
+    example_bytes: int
 
 
 def plan_job(
@@ -238,12 +241,13 @@ def plan_job(
         device: what weights will be searched on: their searches are compiled meanwhile. None: there will be no search.
     """
     config = resolve_config(config)
+    example = dict(skeleton.model.dummy_inputs) if example is None else example
     meanwhile = nullcontext() if device is None else compiling_meanwhile(config, skeleton.model, device)
     with meanwhile:
         observed = prepare(
             skeleton.model,
             config,
-            dict(skeleton.model.dummy_inputs) if example is None else example,
+            example,
             dynamic_shapes=options.dynamic_shapes,
             moe_calibrate_all_experts=options.moe_calibrate_all_experts,
             bias_correction=options.bias_correction,
@@ -263,6 +267,7 @@ def plan_job(
         sites,
         observes_activations(observed),
         shards.measure(),
+        _measure(example),
     )
 
 
@@ -291,7 +296,6 @@ def run_job(
     peeked = Peeked(batches)
     if job.is_observed and not peeked.first:
         raise ValueError("no batches: the config has values that data has to be shown to")
-    check_space(out, job.num_bytes)
     path = job.skeleton.path
     num_errors = _CANDIDATES * sum(parameter.numel() for parameter in job.skeleton.model.parameters())
     together = join(check_group(workers.group), workers.timeout)
@@ -299,12 +303,13 @@ def run_job(
         if not resume:
             work.clear()
         digest = hashlib.sha256()
-        if job.is_observed:
-            _enter(work, job, hash_batches(peeked, digest))
+        entered = _enter(work, job, hash_batches(peeked, digest)) if job.is_observed else 0
         data = ranks.meet(digest.hexdigest())
         facts = {"data": data, "dtype": job.skeleton.weights.dtype, **asdict(job.options)}
         work.resume(describe_run(path, job.config, **facts))
         run = _Run(work, job, workers)
+        meanwhile = sum(ranks.meet(run.foresee_passing(entered / (job.example_bytes or 1))))
+        check_space(out, max(job.num_bytes - work.num_written, 0), meanwhile)  # headers of files may be more
         sizes = [run.count(number) for number in range(len(run.own))]
         is_shown = progress and work.is_first
         with tqdm(total=sum(sizes), desc="quantize", unit="B", unit_scale=True, disable=not is_shown) as bar:
@@ -324,12 +329,23 @@ def run_job(
     return reports
 
 
-def _enter(work: Work, job: Job, batches: Iterable[Any]) -> None:
-    """Keeps what passes to the first part: the batches' values, by the names of the graph's inputs."""
+def _enter(work: Work, job: Job, batches: Iterable[Any]) -> int:
+    """Keeps what passes to the first part: the batches' values, by the names of the graph's inputs.
+
+    Returns:
+        The bytes of the batches.
+    """
     work.activations.drop(0)
+    entered = 0
     for number, batch in enumerate(batches):
         args, kwargs = split_inputs(batch)
         work.activations.write(0, number, dict(zip(job.inputs, job.entry(*args, **kwargs), strict=True)))
+        entered += _measure(batch)
+    return entered
+
+
+def _measure(batch: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
 class _Run:
@@ -339,11 +355,13 @@ class _Run:
         self.work, self.weights, self.shards = work, job.skeleton.weights, job.shards
         self.device = workers.own_device
         self.together: dict[str, Any] = {"group": workers.group, "timeout": workers.timeout, "progress": False}
-        self.parts: list[Part | None] = list(job.parts)
-        job.parts.clear()
         self.propagate = job.options.propagate if job.is_observed else ""
         # Whether what passes between parts passes in float, too.
-        self.is_paired = self.propagate == "quantized" and any(_takes_references(part) for part in self.parts if part)
+        self.is_paired = self.propagate == "quantized" and any(_takes_references(part) for part in job.parts)
+        # The bytes that pass to each part, and from the last one, of the example.
+        self._passing = [job.example_bytes, *(part.carried_bytes * (1 + self.is_paired) for part in job.parts)]
+        self.parts: list[Part | None] = list(job.parts)
+        job.parts.clear()
         self.reports = job.options.reports
         self._memory = Memory()
         self._waiting = set(self.weights.names)
@@ -362,6 +380,17 @@ class _Run:
     def count(self, number: int) -> int:
         """The bytes of the float tensors that are written with a part."""
         return sum(self.weights.sizes[name] for name in self.own[number])
+
+    def foresee_passing(self, num_examples: float) -> int:
+        """About how many bytes more than now will pass between parts, of this process's data, when they are most.
+
+        What passes to a part stays until what passes from it is there. Values are taken to grow as batches do.
+
+        Args:
+            num_examples: how many times the size of the traced example all batches have.
+        """
+        most = max(map(sum, itertools.pairwise(self._passing[len(self.work.done) :])), default=0)
+        return max(round(most * num_examples) - self.work.num_passing, 0)
 
     def quantize(self, number: int) -> None:
         """Calibrates a part, writes what it has of the checkpoint, and forgets it."""

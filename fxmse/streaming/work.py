@@ -124,6 +124,16 @@ class Work:
         for activations in (self.activations, self.floats):
             activations.keep(following)
 
+    @property
+    def num_written(self) -> int:
+        """Bytes of the files of the parts that are done."""
+        return sum(size for part in self.done for size in part["files"].values())
+
+    @property
+    def num_passing(self) -> int:
+        """Bytes that pass to the first part that is not done, of this process's data."""
+        return sum(self._list_sizes(len(self.done)))
+
     def _list_sizes(self, part: int) -> list[int]:
         return [*self.activations.list_sizes(part), *self.floats.list_sizes(part)]
 
