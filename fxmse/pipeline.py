@@ -13,7 +13,14 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fxmse.calibration.merging import agree_on_weights, check_alike, describe, merge_states, share_searches
-from fxmse.calibration.observing import check_batches, check_seen, get_probes, observe_batches, observe_weights
+from fxmse.calibration.observing import (
+    check_batches,
+    check_filled,
+    check_seen,
+    get_probes,
+    observe_batches,
+    observe_weights,
+)
 from fxmse.calibration.progress import Peeked, show_batches, visit_weights
 from fxmse.calibration.ranks import Ranks, check_group
 from fxmse.capture.evaluation import refuse_training
@@ -219,6 +226,7 @@ def quantize(
     check_batches(batches)
     peeked = Peeked(batches)
     example = peeked.first[0] if peeked.first else None
+    check_filled(example, 1)
     observed = prepare(
         model,
         config,

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import fxmse
 from fxmse.calibration.ranks import Alone
+from fxmse.inputs.weights import Weights
 from fxmse.observers import Observer
 from fxmse.outputs.checkpoint import choose_format
 from fxmse.outputs.shards import Shards, _compress
@@ -554,6 +555,64 @@ def test_pieces_keep_their_strides_and_no_more_than_their_memory(cut, tmp_path):
     assert torch.equal(found, piece)
     assert found.stride() == piece.stride()
     assert found.untyped_storage().nbytes() < whole.nbytes
+
+
+def add_mask(batch):
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+FULL, OTHER = make_batches("Llama")
+EMPTY = {"input_ids": FULL["input_ids"][:0]}
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([add_mask(FULL), OTHER], r"batch 2 has other inputs than \w+, \w+, .*missing .*'attention_mask'"),
+        ([FULL, OTHER, add_mask(OTHER)], r"batch 3 has other inputs than input_ids, .*unexpected .*'attention_mask'"),
+        ([FULL, EMPTY], "batch 2 is empty: expected tensors of at least one element"),
+        ([EMPTY, FULL], "batch 1 is empty: expected tensors of at least one element"),
+    ],
+    ids=["less", "more", "empty", "empty first"],
+)
+def test_batches_that_do_not_fit_are_named_before_the_first_search(batches, message, tmp_path, monkeypatch):
+    save_model("Llama", tmp_path / "float")
+    monkeypatch.setattr(Weights, "fill", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(ValueError, match=message):
+        fxmse.quantize_checkpoint(
+            tmp_path / "float", make_config("FP8"), iter(batches), out=tmp_path / "out", progress=False
+        )
+    assert list_names(tmp_path) == ["float"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"notes/readme.md": ""}, "extra_files has 'notes/readme.md': expected a file's name alone"),
+        ({"..": ""}, "extra_files has '..': expected a file's name alone"),
+        ({"": ""}, "extra_files has '': expected a file's name alone"),
+        ({"config.json": "{}"}, "extra_files has 'config.json', which the checkpoint has itself: choose another"),
+        ({"model-00001-of-00001.safetensors": ""}, "which the checkpoint has itself"),
+        ({"notes.md": b""}, r"extra_files\['notes.md'\] is a bytes: expected the text"),
+    ],
+)
+def test_extra_files_are_looked_at_before_the_model(files, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        fxmse.quantize_checkpoint(tmp_path / "none", W4A16, out=tmp_path / "out", extra_files=files)
+    assert list_names(tmp_path) == []
+
+
+def test_extra_files_are_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    save_model("Llama", tmp_path / "float")
+    write_text = Path.write_text
+
+    def write_in_ascii(path, text, encoding=None, **options):
+        return write_text(path, text, encoding or "ascii", **options)
+
+    monkeypatch.setattr(Path, "write_text", write_in_ascii)  # as in the locale C before Python 3.15
+    out, files = tmp_path / "out", {"é.md": "größer"}
+    fxmse.quantize_checkpoint(tmp_path / "float", W4A16, out=out, progress=False, extra_files=files)
+    assert (out / "é.md").read_bytes() == "größer".encode()
 
 
 def test_a_folder_that_lacks_tensors_is_refused(tmp_path):

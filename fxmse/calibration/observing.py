@@ -1,6 +1,7 @@
 """An observed graph looks at weights and batches, and goes back to what it knew before one that is refused."""
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,7 +23,16 @@ from fxmse.passes.open_regions import find_open
 from fxmse.passes.probe import Probe, find_inputs, find_probes
 from fxmse.passes.trimming import trim
 
-__all__ = ["check_batches", "check_seen", "get_probes", "observe_batches", "observe_or_roll_back", "observe_weights"]
+__all__ = [
+    "check_batches",
+    "check_filled",
+    "check_seen",
+    "get_probes",
+    "observe_batches",
+    "observe_or_roll_back",
+    "observe_weights",
+    "split_batch",
+]
 
 
 def get_probes(observed: GraphModule) -> list[Probe]:
@@ -50,6 +60,31 @@ def check_batches(batches: object) -> None:
     if isinstance(batches, Tensor | Mapping):
         kind = "tensor" if isinstance(batches, Tensor) else "dict"
         raise ValueError(f"batches is one {kind}: expected a list or another iterable of batches, [{kind}]")
+
+
+def check_filled(batch: Any, number: int) -> None:
+    """Raises ValueError where the batch of that number, from 1, has a tensor without elements."""
+    if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves(batch)):
+        raise ValueError(f"batch {number} is empty: expected tensors of at least one element")
+
+
+def split_batch(graph_module: GraphModule, batch: Any, number: int) -> tuple[tuple, dict[str, Any]]:
+    """The positional and keyword arguments of the batch of that number, from 1.
+
+    Raises:
+        ValueError: it is empty, or has other inputs than the graph takes.
+    """
+    check_filled(batch, number)
+    args, kwargs = split_inputs(batch)
+    signature = inspect.signature(graph_module.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"batch {number} has other inputs than {', '.join(signature.parameters)}, which the graph takes: {error}. "
+            "Give each batch those"
+        ) from None
+    return args, kwargs
 
 
 def observe_weights(weights: Mapping[Probe, Tensor], is_shown: bool = False) -> None:
@@ -94,9 +129,7 @@ def observe_batches(
     # Another thread's values come before or after all of these.
     with hold(watcher.lock for watcher in watchers.values()), own_buffers(observed):
         for count, batch in enumerate(batches, 1):
-            args, kwargs = split_inputs(batch)
-            if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in tree_leaves((args, kwargs))):
-                raise ValueError(f"batch {count} is empty: expected tensors of at least one element")
+            args, kwargs = split_batch(observed, batch, count)
             # The first batch gives the observers their states, and what a graph is compiled for changes no more.
             run = compiled if count > 1 else observed
             uncompiled = functools.partial(observed, *args, **kwargs)

@@ -39,6 +39,7 @@ from fxmse.passes.open_regions import OpenRegions, list_open_graphs
 from fxmse.reading import check_file, check_link, read_json
 
 __all__ = [
+    "check_extra_files",
     "check_model",
     "check_replaceable",
     "choose_format",
@@ -96,7 +97,7 @@ def save_pretrained(
         model: the float model, a ``transformers.PreTrainedModel``; not changed, and its parameters are not copied.
         path: the folder; a quantized checkpoint that is there is replaced once the new one is complete. Files in it
             that are no part of a checkpoint stay.
-        extra_files: the contents of more files for it, by name.
+        extra_files: the contents of more files for it, by name: none that it has itself, nor in a folder.
 
     Raises:
         ValueError: another kind of model; a graph that was not folded; values that such a checkpoint cannot hold
@@ -107,6 +108,7 @@ def save_pretrained(
     """
     check_graph(quantized, "fxmse.convert")
     check_model(model)
+    check_extra_files(extra_files or {})
     check_replaceable(Path(path), str(model.name_or_path or ""))
     sites, blocks = read_sites(quantized)
     config = quantized.meta.get(CONFIG_KEY)
@@ -255,6 +257,17 @@ def check_replaceable(path: Path, source: str | os.PathLike[str]) -> None:
         _check_quantized(path)
     if os.path.isdir(source):
         check_apart(path, Path(source))
+
+
+def check_extra_files(files: Mapping[str, str]) -> None:
+    """Raises ValueError for what cannot be written into a checkpoint's folder, or would replace a part of it."""
+    for name, content in files.items():
+        if not isinstance(content, str):
+            raise ValueError(f"extra_files[{name!r}] is a {type(content).__name__}: expected the text of a file")
+        if name == ".." or Path(name).parts != (name,):
+            raise ValueError(f"extra_files has {name!r}: expected a file's name alone, which has no folder in it")
+        if _OWN_FILES.fullmatch(name):
+            raise ValueError(f"extra_files has {name!r}, which the checkpoint has itself: choose another name")
 
 
 def _check_quantized(path: Path) -> None:

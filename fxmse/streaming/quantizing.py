@@ -18,13 +18,19 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
-from fxmse.calibration.observing import check_batches, observe_batches
+from fxmse.calibration.observing import check_batches, check_filled, observe_batches, split_batch
 from fxmse.calibration.progress import Peeked
 from fxmse.calibration.ranks import check_group, join
-from fxmse.capture.front_ends import split_inputs
 from fxmse.config import CONFIG_KEY, Config, Site, resolve_config
 from fxmse.inputs.weights import Skeleton, load_skeleton
-from fxmse.outputs.checkpoint import check_replaceable, copy_tokenizer, read_biases, read_sites, warn_of_dtype
+from fxmse.outputs.checkpoint import (
+    check_extra_files,
+    check_replaceable,
+    copy_tokenizer,
+    read_biases,
+    read_sites,
+    warn_of_dtype,
+)
 from fxmse.outputs.experts import Sites
 from fxmse.outputs.reporting import SiteReport, report
 from fxmse.outputs.shards import Shards
@@ -162,7 +168,7 @@ def quantize_checkpoint(
         resume: go on with what an earlier call with the same arguments has done; otherwise that is removed.
         trust_remote_code: run the code that the folder has for models that transformers has no class of.
         progress: show a progress bar.
-        extra_files: the contents of more files for the checkpoint, by name.
+        extra_files: the contents of more files for the checkpoint, by name: none that it has itself, nor in a folder.
         device: what parts are run and searched on, as "cuda"; their weights are moved there one part after the other.
         group: the processes that do this together, as for ``fxmse.calibrate``.
         timeout: with ``group``, how long one waits for another.
@@ -171,11 +177,12 @@ def quantize_checkpoint(
     Raises:
         ValueError: as ``fxmse.quantize`` and ``save_pretrained``, where possible before the first weight is read;
             weights that are missing; another process that writes the same folder; an unfinished run with other
-            arguments.
+            arguments; before the first search, batches that have other inputs than the first, and too little space.
     """
     stream_options, out = StreamOptions(**options), Path(out)
     workers = Workers(device=device, group=group, timeout=timeout)
     check_batches(batches)
+    check_extra_files(extra_files or {})
     check_replaceable(out, folder)
     skeleton = load_skeleton(Path(folder), dtype, trust_remote_code=trust_remote_code)
     peeked = Peeked(batches)
@@ -240,6 +247,7 @@ def plan_job(
         options: the options.
         device: what weights will be searched on: their searches are compiled meanwhile. None: there will be no search.
     """
+    check_filled(example, 1)
     config = resolve_config(config)
     example = dict(skeleton.model.dummy_inputs) if example is None else example
     meanwhile = nullcontext() if device is None else compiling_meanwhile(config, skeleton.model, device)
@@ -338,7 +346,7 @@ def _enter(work: Work, job: Job, batches: Iterable[Any]) -> int:
     work.activations.drop(0)
     entered = 0
     for number, batch in enumerate(batches):
-        args, kwargs = split_inputs(batch)
+        args, kwargs = split_batch(job.entry, batch, number + 1)
         work.activations.write(0, number, dict(zip(job.inputs, job.entry(*args, **kwargs), strict=True)))
         entered += _measure(batch)
     return entered
