@@ -142,7 +142,7 @@ def test_a_disk_without_room_is_refused_before_the_search(folder, tmp_path, caps
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("fxmse.outputs.space.shutil.disk_usage", lambda path: usage(10, 9, 100))
     assert quantize(folder, "--out", tmp_path / out, model=model, scheme=scheme, data=None) == 1
-    assert "GB are free: free some" in capsys.readouterr().err
+    assert "100 bytes are free: free some" in capsys.readouterr().err
 
 
 def test_arguments_of_an_observer(folder, tmp_path, capsys):

@@ -16,6 +16,7 @@ from fxmse.inputs.models import Source
 from fxmse.inputs.weights import load_skeleton
 from fxmse.outputs.report_html import render_json
 from fxmse.outputs.reporting import SiteReport, describe_format
+from fxmse.outputs.space import format_size
 from fxmse.outputs.summaries import as_json
 from fxmse.streaming.quantizing import StreamOptions, Workers, plan_job, run_job
 
@@ -86,6 +87,6 @@ def run_plan(options: argparse.Namespace) -> None:
     if options.json:
         print_text(json.dumps(facts, indent=1))
         return
-    rows = [(name, f"{value / 1e9:.3f} GB" if name.startswith("bytes") else value) for name, value in facts.items()]
+    rows = [(name, format_size(value) if name.startswith("bytes") else value) for name, value in facts.items()]
     rows[2:3] = [(f"sites: {name}", count) for name, count in formats.items()]
     print_text(tabulate(rows, tablefmt="plain"))

@@ -73,9 +73,8 @@ _TOKENIZER_FILES = (
     "*processor_config.json",
 )
 # What a checkpoint is made of. All else in a folder was put there by somebody: it stays.
-_OWN_FILES = re.compile(
-    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|fxmse_report\.(json|html)"
-)
+_OWN_FILES = re.compile(r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_REPORTS = re.compile(r"fxmse_report\.(json|html)")
 
 
 @torch.no_grad()
@@ -287,7 +286,7 @@ def keep_others(old: Path, new: Path) -> None:
     """Links what is in the old folder beside a checkpoint into the new one; what that has itself goes first."""
     for entry in old.iterdir():
         target = new / entry.name
-        if _OWN_FILES.fullmatch(entry.name) or os.path.lexists(target):
+        if _OWN_FILES.fullmatch(entry.name) or _REPORTS.fullmatch(entry.name) or os.path.lexists(target):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, target, symlinks=True, copy_function=link)

@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from fxmse.passes.constants import find_weights
 
-__all__ = ["check_space", "estimate_onnx", "estimate_program"]
+__all__ = ["check_space", "estimate_onnx", "estimate_program", "format_size"]
 
 _UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
 
@@ -23,14 +23,15 @@ def check_space(path: Path, num_bytes: int, meanwhile: int = 0) -> None:
     """
     free = shutil.disk_usage(path.absolute().parent).free
     if free < num_bytes + meanwhile:
-        more = f" and about {_print_size(meanwhile)} more until it is done" if meanwhile else ""
+        more = f" and about {format_size(meanwhile)} more until it is done" if meanwhile else ""
         raise ValueError(
-            f"{path} needs at least {_print_size(num_bytes)}{more}, and {_print_size(free)} are free: free some, or "
+            f"{path} needs at least {format_size(num_bytes)}{more}, and {format_size(free)} are free: free some, or "
             "write it elsewhere"
         )
 
 
-def _print_size(num_bytes: int) -> str:
+def format_size(num_bytes: int) -> str:
+    """A number of bytes in the unit that says most."""
     for unit, size in _UNITS.items():
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"
