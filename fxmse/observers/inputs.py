@@ -399,10 +399,15 @@ class Products(Inputs):
         return mean
 
     def mean_crosses(self) -> Tensor | None:
-        """E[xᵀ (x - r)] by the same mean as :meth:`mean`, float32; None where it is not known."""
+        """E[xᵀ (x - r)] by the same mean as :meth:`mean`, float32; None where it is not known.
+
+        It is less by the factor tokens / (tokens + 2 channels): the fewer tokens, the more of it is chance.
+        """
         if self.products is None or self.crosses is None or not self.num_tokens:
             return None
-        return (self.crosses / self._average(self._fill_idle(self.products))).float()
+        num_tokens = self.num_tokens / len(self.products)  # that meet a matrix
+        known = num_tokens / (num_tokens + 2 * self.crosses.shape[-1])
+        return (self.crosses * known / self._average(self._fill_idle(self.products))).float()
 
     @staticmethod
     def _fill_idle(products: Tensor) -> Tensor:
