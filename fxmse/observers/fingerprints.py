@@ -47,7 +47,8 @@ def find_fingerprint(value: Tensor) -> int | None:
 def _cut(value: Tensor, size: int) -> Iterator[Tensor]:
     """The elements of ``value`` in order, ``size`` at a time; of experts no more than one is copied at once."""
     if value.is_contiguous() or value.dim() < 3:
-        yield from value.flatten().split(size)
+        # Of one element a stride may be anything.
+        yield from value.contiguous().as_strided((value.numel(),), (1,)).split(size)
         return
     rest = value.new_empty(0)
     for piece in value:
