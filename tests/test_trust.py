@@ -635,7 +635,7 @@ READERS = {
     },
     "safe_load": {"fxmse.config"},
     "from_pretrained": {"fxmse.inputs.folders"},
-    "from_pretrained_model": {"fxmse.outputs.checkpoint", "fxmse.outputs.shards"},  # a model in memory
+    "from_pretrained_model": {"fxmse.outputs.checkpoint"},  # a model in memory
     "copyfile": {"fxmse.outputs.checkpoint"},
     "get_value_from_registry": {
         "fxmse.observers.base",
