@@ -398,6 +398,14 @@ def test_code_of_a_models_own_goes_with_it(auto_class, tmp_path):
     torch.testing.assert_close(loaded(**batch), expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
 
+def test_a_list_of_code_is_none(tmp_path):
+    save_model("Llama", tmp_path / "float")
+    path = tmp_path / "float" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": ["own.OwnModel"]}))
+    fxmse.quantize_checkpoint(tmp_path / "float", W4A16, out=tmp_path / "out", progress=False)
+    assert load_tensors(tmp_path / "out")
+
+
 def quantize_linears(model, names, checkpoint, config):
     """Rounds weights as a checkpoint has them."""
     for name in names:

@@ -100,11 +100,10 @@ def find_model_class(path: Path, *, trust_remote_code: bool = False) -> tuple[An
     classes = [getattr(transformers, name, None) for name in names]
     models = [kind for kind in classes if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
     # Of a class in the folder transformers says by which of its own classes it is loaded.
-    references = (getattr(config, "auto_map", None) or {}).items()
-    auto = [name for name, reference in references if str(reference).rpartition(".")[2] in names]
-    models += [
-        getattr(transformers, name) for name in auto if name.startswith("AutoModel") and hasattr(transformers, name)
-    ]
+    auto_map = getattr(config, "auto_map", None)
+    for name, reference in auto_map.items() if isinstance(auto_map, Mapping) else ():
+        if name.startswith("AutoModel") and str(reference).rpartition(".")[2] in names and hasattr(transformers, name):
+            models.append(getattr(transformers, name))
     return (models[0] if models else transformers.AutoModel), config
 
 
