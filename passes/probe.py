@@ -23,6 +23,7 @@ __all__ = [
     "find_inputs",
     "find_probe",
     "find_probes",
+    "list_sites",
     "skip_probes",
 ]
 
@@ -260,6 +261,11 @@ def find_probes(graph_module: GraphModule) -> Iterator[tuple[Node, Probe]]:
         for node in graph.graph.nodes:
             if probe := find_probe(graph, node):
                 yield node, probe
+
+
+def list_sites(graph_module: GraphModule) -> list[Site]:
+    """All that the probes of an observed graph look at, in their order."""
+    return [site for _, probe in find_probes(graph_module) for site in probe.sites]
 
 
 def check_unobserved(model: object) -> None:

@@ -32,7 +32,7 @@ from fxmse.outputs.reporting import report
 from fxmse.outputs.shards import Shards
 from fxmse.outputs.space import check_space, estimate_onnx, estimate_program
 from fxmse.outputs.summaries import as_json
-from fxmse.passes.probe import find_probes
+from fxmse.passes.probe import list_sites
 from fxmse.pipeline import calibrate, convert, prepare
 
 __all__ = ["PICTURED", "REPORTED_BATCHES", "run_quantize"]
@@ -128,8 +128,8 @@ def _check_output(options: argparse.Namespace, observed: GraphModule, source: So
     elif is_onnx(options.out):
         check_space(options.out, estimate_onnx(observed))
     else:
-        sites = [site for _, probe in find_probes(observed) for site in probe.sites]
-        check_space(options.out, Shards(source.model, observed.meta[CONFIG_KEY], sites).measure())
+        shards = Shards(source.model, observed.meta[CONFIG_KEY], list_sites(observed))
+        check_space(options.out, shards.measure())
 
 
 def _report(options: argparse.Namespace, quantized: GraphModule, batches: list[Any]) -> dict[str, Any]:

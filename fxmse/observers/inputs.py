@@ -361,12 +361,11 @@ class Products(Inputs):
         for expert in range(num_experts):
             is_own = number == expert
             # In a graph nothing may depend on how many there are.
-            own, own_others = (
-                None if all_ is None else torch.where(is_own[:, None], all_, 0.0) if is_traced(all_) else all_[is_own]
-                for all_ in (tokens, others)
-            )
-            assert own is not None
-            parts.append(self._multiply(own[None], None if own_others is None else own_others[None]))
+            own = [
+                (torch.where(is_own[:, None], values, 0.0) if is_traced(values) else values[is_own])[None]
+                for values in ([tokens] if others is None else [tokens, others])
+            ]
+            parts.append(self._multiply(*own))
         return torch.cat(parts)
 
     def _add_up(self, tokens: Tensor) -> Tensor:

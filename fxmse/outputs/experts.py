@@ -153,18 +153,16 @@ class Experts:
         for expert in range(self.num_experts):
             for number, linear in enumerate(names):
                 picked = {
-                    kind: self._split_rows(value[expert], len(names))[number]
-                    if block_structure
-                    else self._pick(value, expert, number, len(names))
+                    kind: self._pick(value, expert, number, len(names), has_blocks=bool(block_structure))
                     for kind, value in qparams.items()
                     if value is not None and role == "weight"
                 }
                 sites[f"{self.path}.{expert}.{linear}.{role}"] = {**qparams, **picked}
         return sites
 
-    def _pick(self, value: Tensor, expert: int, number: int, num_linears: int) -> Tensor:
-        """Rule 2, of a value for each matrix, or of one for each row and group; blocks are rows, too."""
-        if value.numel() in (1, self.num_experts) and value.shape[-2:].numel() == 1:
+    def _pick(self, value: Tensor, expert: int, number: int, num_linears: int, *, has_blocks: bool) -> Tensor:
+        """Rule 2, of a value for each matrix, or of one for each row and group, or block."""
+        if not has_blocks and value.numel() in (1, self.num_experts) and value.shape[-2:].numel() == 1:
             return value.flatten()[expert if value.numel() > 1 else 0].reshape(1)
         return self._split_rows(value[expert], num_linears)[number]
 

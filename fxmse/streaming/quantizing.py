@@ -37,7 +37,7 @@ from fxmse.outputs.shards import Shards
 from fxmse.outputs.space import check_space
 from fxmse.passes.move_to_device import MoveToDevice
 from fxmse.passes.parts import Part, cut, make_entry
-from fxmse.passes.probe import find_inputs, find_probes
+from fxmse.passes.probe import find_inputs, find_probes, list_sites
 from fxmse.passes.references import Reference, make_reference
 from fxmse.passes.trimming import observes_activations
 from fxmse.pipeline import calibrate, convert, prepare
@@ -261,7 +261,7 @@ def plan_job(
             bias_correction=options.bias_correction,
         )
     resolved = observed.meta[CONFIG_KEY]
-    sites = [site for _, probe in find_probes(observed) for site in probe.sites]
+    sites = list_sites(observed)
     shards = Shards(skeleton.model, resolved, sites, skeleton.weights.conversions)
     warn_of_dtype(shards.model)
     return Job(
