@@ -120,11 +120,11 @@ def _list_keys(model: Any) -> list[tuple[str, tuple[int, ...]]]:
     return keys
 
 
-def make_config(scheme: str) -> QuantizationConfig:
-    """All linears but the head and the routers, searched by ``memoryless_mse`` as llm-compressor does."""
+def make_config(scheme: str, observer: str = "memoryless_mse") -> QuantizationConfig:
+    """All linears but the head and the routers, searched as llm-compressor does or by another observer."""
     made = preset_name_to_scheme(scheme, ["Linear"])
     assert made.weights
-    made.weights.observer = "memoryless_mse"
+    made.weights.observer = observer
     return QuantizationConfig(config_groups={"group": made}, ignore=["lm_head", "re:.*mlp.gate$"])
 
 
@@ -134,14 +134,12 @@ def make_batches(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(0, 4096, (1, 256), generator=generator)} for _ in range(count)]
 
 
-def run_fxmse(folder: Path, scheme: str, count: int) -> None:
+def run_fxmse(folder: Path, config: QuantizationConfig, count: int) -> None:
     """The whole job."""
-    fxmse.quantize_checkpoint(
-        folder, make_config(scheme), make_batches(count), out=folder.with_name("out"), progress=False
-    )
+    fxmse.quantize_checkpoint(folder, config, make_batches(count), out=folder.with_name("out"), progress=False)
 
 
-def run_search(folder: Path, scheme: str, count: int) -> float:
+def run_search(folder: Path, quantization: QuantizationConfig, count: int) -> float:
     """The searches alone; their CPU seconds. All layers have equal shapes, so one stands for them."""
     config = transformers.AutoConfig.from_pretrained(folder)
     num_layers, config.num_hidden_layers = config.num_hidden_layers, 1
@@ -149,7 +147,7 @@ def run_search(folder: Path, scheme: str, count: int) -> float:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config)
     seconds = 0.0
     for _ in range(2):  # the first compiles
-        observed = fxmse.prepare(model, make_config(scheme), dict(model.dummy_inputs))
+        observed = fxmse.prepare(model, quantization, dict(model.dummy_inputs))
         before = time.process_time()
         for probe, rows in find_weights(observed).items():
             probe(rows)
@@ -159,13 +157,12 @@ def run_search(folder: Path, scheme: str, count: int) -> float:
     return seconds * num_layers
 
 
-def run_llmcompressor(folder: Path, scheme: str, count: int) -> None:
+def run_llmcompressor(folder: Path, config: QuantizationConfig, count: int) -> None:
     """``oneshot``, from the folder to a folder."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    config = make_config(scheme)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     modifier = QuantizationModifier(config_groups=config.config_groups, ignore=config.ignore)
     data = {}
@@ -177,7 +174,7 @@ def run_llmcompressor(folder: Path, scheme: str, count: int) -> None:
     model.save_pretrained(folder.with_name("out"), save_compressed=True)
 
 
-RUNNERS: dict[str, Callable[[Path, str, int], float | None]] = {
+RUNNERS: dict[str, Callable[[Path, QuantizationConfig, int], float | None]] = {
     "fxmse": run_fxmse,
     "search": run_search,
     "llm-compressor": run_llmcompressor,
@@ -207,7 +204,7 @@ def measure(job: dict[str, Any]) -> None:
     """Runs one job and prints what it took, as JSON."""
     start, memory = time.perf_counter(), Memory()
     memory.start()
-    search = RUNNERS[job["method"]](Path(job["folder"]), job["scheme"], job["count"])
+    search = RUNNERS[job["method"]](Path(job["folder"]), make_config(job["scheme"], job["observer"]), job["count"])
     usage = resource.getrusage(resource.RUSAGE_SELF)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = {
@@ -225,6 +222,7 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", default=[], metavar="MODEL", help="models, by default those of JOBS")
     parser.add_argument("--schemes", nargs="+", default=[])
     parser.add_argument("--methods", nargs="+", default=["fxmse", "search"], choices=METHODS)
+    parser.add_argument("--observer", default="memoryless_mse", help="of weights (default memoryless_mse)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -243,6 +241,7 @@ def main() -> None:
                     continue
                 for method in options.methods:
                     job = {"method": method, "folder": str(folder), "scheme": scheme, "count": count}
+                    job["observer"] = options.observer
                     command = [sys.executable, "-W", "ignore", __file__, "--measure", json.dumps(job)]
                     environment = dict(os.environ)
                     if method in ("cold", "warm"):

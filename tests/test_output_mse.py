@@ -301,7 +301,7 @@ def test_inputs_that_are_not_correlated_give_what_exact_mse_gives(scheme, inputs
 @pytest.mark.parametrize(("scheme", "dtype"), [("int4_g32", torch.bfloat16), ("int4_asym_g32", torch.float32)])
 def test_compiled_and_uncompiled_searches_find_as_little(scheme, dtype, monkeypatch):
     # The search of each group alone is compiled in tests/test_optimum.py.
-    monkeypatch.setattr("fxmse.search.optimum.pays_to_compile", lambda *_: False)
+    monkeypatch.setattr("fxmse.search.optimum.pays_to_compile", lambda *_, **__: False)
     args, x = ALL_ARGS[scheme], make_activations(256)
     weight, products = make_weight("heavy", rows=64, columns=256).to(dtype), average(x)
 

@@ -1,4 +1,4 @@
-"""Searches that another process has compiled are not compiled again."""
+"""Searches that another process compiles are not compiled again, and do not wait for it."""
 
 import json
 import subprocess
@@ -6,10 +6,13 @@ import sys
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from models import make_config
 from torch import nn
 
+from fxmse.observers import Observer
+from fxmse.search import compiling
+from fxmse.search.compiling import MIN_COMPILED, compilation, compiled_elsewhere, pays_to_compile
 from fxmse.streaming import warming
 
 CPU = torch.device("cpu")
@@ -37,8 +40,8 @@ def test_what_was_compiled_meanwhile_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(warming, "_MIN_PARAMETERS", 1)
     model = nn.Sequential(nn.Linear(96, 256, bias=False))
-    with warming.compiling_meanwhile(CONFIG, model, CPU):
-        pass
+    with compilation("always"), warming.compiling_meanwhile(CONFIG, model, CPU):
+        assert pays_to_compile("what waits", torch.ones(MIN_COMPILED), 1)
     # In a process of its own: others of this one's tests have compiled, and count.
     args = CONFIG.config_groups["group_0"].weights.model_dump_json()
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", SEARCH, args], capture_output=True, text=True)
@@ -74,6 +77,94 @@ def test_nothing_is_imported_from_where_the_command_was_started(tmp_path, monkey
     with warming.compiling_meanwhile(CONFIG, nn.Linear(96, 8), CPU):
         pass
     assert not (tmp_path / "ran").exists()
+
+
+class Compiler:
+    """A process that compiles until it is waited for."""
+
+    def __init__(self):
+        self.code = None
+
+    def poll(self):
+        return self.code
+
+    def wait(self):
+        self.code = 0
+        return self.code
+
+
+def search(**kwargs):
+    args = QuantizationArgs(**{"num_bits": 4, "strategy": "channel", "observer": "exact_mse", **kwargs})
+    Observer.load_from_registry(args.observer, base_name="weight", args=args)(torch.randn(64, 100))
+
+
+@pytest.mark.parametrize(
+    ("args", "waits"),
+    [
+        ({"observer": "memoryless_mse"}, False),
+        ({"strategy": "group", "group_size": 50}, False),
+        ({"strategy": "tensor_group", "group_size": 10, "type": "float", "scale_dtype": torch.float8_e4m3fn}, False),
+        ({}, True),  # no vector's length divides 100
+        ({"strategy": "group", "group_size": 50, "observer_kwargs": {"norm": 2.4}}, True),
+    ],
+)
+def test_what_would_find_something_else_waits(args, waits):
+    compiler = Compiler()
+    with torch.no_grad(), compilation("always"), compiled_elsewhere(compiler):
+        search(**args)
+    assert (compiler.code is not None) == waits
+
+
+def test_searches_that_take_as_long_as_compiling_wait(monkeypatch):
+    monkeypatch.setattr(compiling, "_COLD_COMPILATION_WORK", MIN_COMPILED * 10)
+    compiler, value = Compiler(), torch.ones(MIN_COMPILED)
+    with compilation("always"), compiled_elsewhere(compiler):
+        assert not pays_to_compile("first", value, 5, finds_same=True)
+        assert not pays_to_compile("second", value, 4, finds_same=True)
+        assert compiler.code is None
+        assert pays_to_compile("third", value, 1, finds_same=True)
+        assert compiler.code == 0
+    # Nobody waits for what would not be compiled.
+    compiler = Compiler()
+    for mode in ("never", "auto"):
+        with compilation(mode), compiled_elsewhere(compiler):
+            assert not pays_to_compile(("small", mode), value, 1)
+    assert compiler.code is None
+
+
+def test_a_processor_is_left_to_the_process_and_taken_back(monkeypatch):
+    compiler, threads, num_threads = Compiler(), [], torch.get_num_threads()
+
+    def measure(observer, value, global_scale):
+        threads.append(torch.get_num_threads())
+        pays_to_compile("what waits", value, 1)
+        threads.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Observer.get_value_from_registry("exact_mse"), "measure", measure)
+    torch.set_num_threads(3)
+    try:
+        with torch.no_grad(), compilation("always"), compiled_elsewhere(compiler):
+            for expected in ([2, 3], [3, 3]):  # the second time it has ended
+                with pytest.raises(KeyboardInterrupt):
+                    search()
+                assert threads == expected
+                assert torch.get_num_threads() == 3
+                threads.clear()
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def test_a_process_that_is_not_needed_any_more_is_ended(monkeypatch):
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[0]
+    )
+    monkeypatch.setattr(warming, "_COMMAND", "import time; time.sleep(600)")
+    monkeypatch.setattr(warming, "_MIN_PARAMETERS", 1)
+    with warming.compiling_meanwhile(CONFIG, nn.Linear(96, 8), CPU):
+        assert started[0].poll() is None
+    assert started[0].poll() is not None
 
 
 def test_the_largest_weight_of_each_scheme_is_asked_for():

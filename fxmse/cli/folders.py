@@ -19,6 +19,7 @@ from fxmse.outputs.reporting import SiteReport, describe_format
 from fxmse.outputs.space import format_size
 from fxmse.outputs.summaries import as_json
 from fxmse.streaming.quantizing import StreamOptions, Workers, plan_job, run_job
+from fxmse.streaming.warming import compiling_meanwhile
 
 __all__ = ["run_plan", "stream"]
 
@@ -39,10 +40,9 @@ def stream(options: argparse.Namespace, config: QuantizationConfig, start: float
         summary.update(list_facts(options, len(batches), start), sites=[as_json(site) for site in sites])
         return {REPORT_FILE: render_json(summary)}
 
-    with name_data(options):
-        job = plan_job(skeleton, config, *batches[:1], options=stream_options, device=workers.own_device)
+    with name_data(options), compiling_meanwhile(config, skeleton.model, workers.own_device):
         run_job(
-            job,
+            plan_job(skeleton, config, *batches[:1], options=stream_options),
             batches[rank::num_ranks],
             options.out,
             resume=options.resume,

@@ -22,6 +22,7 @@ from fxmse.formats.layout import Layout
 from fxmse.formats.scales import calculate_global_scale, round_scale
 from fxmse.formats.tables import is_traced
 from fxmse.observers.states import State, Stateful, are_finite, plain_modes, without_autocast
+from fxmse.search.compiling import beside_compiler
 from fxmse.search.tiles import Range, cover_ranges, measure_range
 
 __all__ = ["QPARAMS", "NoOptions", "Observer", "describe_non_finite"]
@@ -156,7 +157,7 @@ class Observer(Stateful[State], RegistryMixin):
             with without_autocast(value):
                 self.state = self.update(self.state, value.detach())
             return
-        with self.lock, plain_modes(value):
+        with self.lock, plain_modes(value), beside_compiler():
             self.state = self.update(self.state, value.detach())
 
     def _meet(self, state: State, value: Tensor) -> State:

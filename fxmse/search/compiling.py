@@ -5,12 +5,14 @@ A stage is a function of a problem (a frozen value, of which a graph depends) an
 
 import functools
 import itertools
+import subprocess
 import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -22,7 +24,9 @@ __all__ = [
     "MIN_COMPILED",
     "STATIC_LENGTHS",
     "attempt",
+    "beside_compiler",
     "compilation",
+    "compiled_elsewhere",
     "pays_to_compile",
     "reads_flags",
     "rounds_each",
@@ -36,6 +40,8 @@ MIN_COMPILED = 1 << 12
 # Errors (elements times candidates) that take about as long to evaluate uncompiled, at 6 ns each, as a scheme's graphs
 # take to be compiled where no cache has them.
 _COMPILATION_WORK = 1 << 29
+# As long as where no cache has anything of torch's compiler: 25 s. Half of that is found out about the machine, once.
+_COLD_COMPILATION_WORK = 1 << 32
 _INDUCTOR_OPTIONS: dict[str, Any] = {
     # Contraction (x * y + z rounded once) makes the errors more exact, and the power a third faster.
     "cpp.enable_floating_point_contract_flag": "fast",
@@ -70,13 +76,71 @@ def rounds_each(stage: _Stage) -> _Stage:
     return stage
 
 
-def pays_to_compile(problem: Hashable, value: Tensor, num_steps: int) -> bool:
-    """The rule of :func:`compilation`; a graph that is being made takes the search as it is."""
+def pays_to_compile(problem: Hashable, value: Tensor, num_steps: int, *, finds_same: bool = False) -> bool:
+    """The rule of :func:`compilation`; a graph that is being made takes the search as it is.
+
+    Args:
+        problem: what a graph depends on.
+        value: what is searched.
+        num_steps: candidates of each of its elements.
+        finds_same: whether the uncompiled search of it finds the same, bit for bit, on a CPU.
+    """
     if is_traced(value) or value.numel() < MIN_COMPILED or (mode := _mode.get()) == "never":
         return False
+    work = value.numel() * num_steps
     if mode == "auto" and _uncompiled_work[problem] < _COMPILATION_WORK:
-        _uncompiled_work[problem] += value.numel() * num_steps
-    return mode == "always" or _uncompiled_work[problem] >= _COMPILATION_WORK
+        _uncompiled_work[problem] += work
+    if mode == "auto" and _uncompiled_work[problem] < _COMPILATION_WORK:
+        return False
+    elsewhere = _elsewhere.get()
+    may_run = finds_same and value.device.type == "cpu"
+    return elsewhere is None or not elsewhere.is_busy(work if may_run else _COLD_COMPILATION_WORK)
+
+
+@contextmanager
+def compiled_elsewhere(compiler: "subprocess.Popen[str]") -> Iterator[None]:
+    """Leaves compiling within a ``with`` block to another process, until that ends; torch keeps on disk what it made.
+
+    Until then searches run uncompiled, as long as that finds the same and takes no longer than compiling does; then
+    they wait.
+    """
+    token = _elsewhere.set(_Elsewhere(compiler, torch.get_num_threads()))
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
+@contextmanager
+def beside_compiler() -> Iterator[None]:
+    """Leaves a processor to the process that compiles; threads that wait for others would keep it busy, too."""
+    elsewhere = _elsewhere.get()
+    if elsewhere is None or elsewhere.process.poll() is not None:
+        yield
+        return
+    torch.set_num_threads(max(1, elsewhere.num_threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(elsewhere.num_threads)
+
+
+@dataclass
+class _Elsewhere:
+    """A process that compiles, for so many threads, and how many errors were evaluated uncompiled meanwhile."""
+
+    process: "subprocess.Popen[str]"
+    num_threads: int
+    work: int = 0
+
+    def is_busy(self, work: int) -> bool:
+        """Whether the process goes on while so much work is done; it is waited for where that is too much."""
+        if self.process.poll() is None and self.work + work < _COLD_COMPILATION_WORK:
+            self.work += work
+            return True
+        self.process.wait()
+        torch.set_num_threads(self.num_threads)  # what is compiled is for all of them
+        return False
 
 
 @contextmanager
@@ -120,6 +184,7 @@ def settled(num_errors: int) -> Iterator[None]:
 
 
 _mode: ContextVar[_Mode] = ContextVar("compilation", default="auto")
+_elsewhere: "ContextVar[_Elsewhere | None]" = ContextVar("elsewhere", default=None)
 _uncompiled_work: Counter[Hashable] = Counter()
 
 

@@ -65,7 +65,7 @@ def find_global_range(
         for value, importance in zip(values, importances, strict=True):
             groups_QG = value.detach().reshape(-1, layout.group_size)
             # All groups are measured, which is compiled where the search that follows is.
-            is_compiled = pays_to_compile(problem, value, 0)
+            is_compiled = pays_to_compile(problem, value, 0, finds_same=True)
             weights.append(_Groups.of(groups_QG, importance, power.exponent, is_compiled))
         largest = torch.stack([weight.largest for weight in weights]).amax()
         num_groups = sum(len(weight.groups_QG) for weight in weights)

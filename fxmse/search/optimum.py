@@ -34,7 +34,16 @@ from fxmse.search.plan import Plan
 from fxmse.search.power import AbsolutePower
 from fxmse.search.small_groups import SMALL, Cells
 from fxmse.search.tile_optimum import search_tile
-from fxmse.search.tiles import MAX_TABLE, Range, cut_groups, cut_tiles, find_max_elements, holds_pairs
+from fxmse.search.tiles import (
+    MAX_TABLE,
+    Range,
+    count_lanes,
+    cut_groups,
+    cut_tiles,
+    find_max_elements,
+    find_row,
+    holds_pairs,
+)
 
 __all__ = ["Sample", "find_optimum", "sum_least_errors"]
 
@@ -90,7 +99,7 @@ def find_optimum(
         plan = Plan.of(format, size)
         work = problem.num_scales or plan.work * problem.num_signs
         num_candidates = problem.num_scales or max(16, len(plan.fine)) * problem.num_signs
-    is_compiled = pays_to_compile(problem, value, work)
+    is_compiled = pays_to_compile(problem, value, work, finds_same=_finds_same(problem, size, find_row(value, layout)))
     problem = replace(problem, reads_pairs=importance is None and holds_pairs(value, layout))
     max_elements = find_max_elements(problem, value)
     max_groups = max(1, min(enlarge(MAX_TABLE, value.device) // num_candidates, max_elements // size))
@@ -100,10 +109,16 @@ def find_optimum(
     return Range(*(torch.cat(part).reshape(shape) for part in list(zip(*found, strict=True))[:2]))
 
 
+def _finds_same(problem: OptimumProblem, size: int, row: int) -> bool:
+    """Whether compiled and uncompiled sums over a group of ``size``, in rows of ``row`` elements, are made alike."""
+    return problem.power.exponent in (1, 2) and (size <= SMALL or row % count_lanes() == 0)
+
+
 def sum_least_errors(problem: OptimumProblem, sample: Sample, global_scale_J: Tensor) -> Tensor:
     """The least error of a weight of tensor_group with each global scale, float64 [J]."""
     num_groups, size = sample.groups_QG.shape
-    is_compiled = pays_to_compile(problem, sample.groups_QG, (problem.num_scales or 1) * len(global_scale_J))
+    work = (problem.num_scales or 1) * len(global_scale_J)
+    is_compiled = pays_to_compile(problem, sample.groups_QG, work, finds_same=_finds_same(problem, size, size))
     plan = Plan.of(problem.format, size)
     totals = []
     for part_J in global_scale_J.split(max(1, _MAX_AT_ONCE // num_groups)):

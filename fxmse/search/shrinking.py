@@ -108,7 +108,7 @@ def shrink_ranges(
         global_scale = None
     problem = ShrinkProblem.of(format, value.dtype, options, layout, optimize_global_scale)
     num_steps = len(options.factors)
-    is_compiled = pays_to_compile(problem, value, num_steps)
+    is_compiled = pays_to_compile(problem, value, num_steps, finds_same=True)
     reads_pairs = is_compiled and importance is None and holds_pairs(value, layout)
     problem = replace(problem, reads_pairs=reads_pairs)
     # With few stored scales a dozen tables are held at a time, else three.
@@ -138,7 +138,8 @@ def shrink_global_range(
     best = None
     if importance is None and layout.base_name == "weight" and reads_flags(value):
         # All groups are measured for it, which is compiled where the search that follows is.
-        is_compiled = pays_to_compile(ShrinkProblem.of(format, value.dtype, options, layout), value, 0)
+        problem = ShrinkProblem.of(format, value.dtype, options, layout)
+        is_compiled = pays_to_compile(problem, value, 0, finds_same=True)
         best = _search_largest_groups(value, exact, layout, options, is_compiled)
     if best is None:
         best = shrink_ranges(value, exact, layout, options, importance=importance)
@@ -167,7 +168,7 @@ def _search_largest_groups(
     problem = ShrinkProblem.of(format, value.dtype, options, layout)
     with torch.no_grad():
         tile = cut_groups(some_QG[None], None)
-        is_compiled = pays_to_compile(problem, some_QG, len(options.factors))
+        is_compiled = pays_to_compile(problem, some_QG, len(options.factors), finds_same=True)
         best, num_steps = _search_tiles(problem, lambda: iter([tile]), make_factors(options, value), None, is_compiled)
     others = largest.values[-1] * options.expand
     is_certain = num_steps == len(options.factors) and torch.maximum(-best.min, best.max).amax() >= others

@@ -30,6 +30,7 @@ __all__ = [
     "cut_groups",
     "cut_tiles",
     "find_max_elements",
+    "find_row",
     "holds_pairs",
     "measure",
     "measure_pairs",
@@ -148,9 +149,13 @@ def holds_pairs(value: Tensor, layout: Layout) -> bool:
     """
     if value.dtype != torch.bfloat16 or value.device.type != "cpu":
         return False
-    length = layout.block_structure[1] if layout.block_structure else layout.group_size or value.shape[-1]
-    has_pairs = _choose_part(length, _PARTS, 0) >= 2 * count_lanes()
+    has_pairs = _choose_part(find_row(value, layout), _PARTS, 0) >= 2 * count_lanes()
     return has_pairs and value.is_contiguous() and value.storage_offset() % 2 == 0
+
+
+def find_row(value: Tensor, layout: Layout) -> int:
+    """How many elements of a group lie one after the other."""
+    return layout.block_structure[1] if layout.block_structure else layout.group_size or value.shape[-1]
 
 
 def count_lanes() -> int:

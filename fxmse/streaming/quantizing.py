@@ -5,7 +5,6 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -186,16 +185,16 @@ def quantize_checkpoint(
     check_replaceable(out, folder)
     skeleton = load_skeleton(Path(folder), dtype, trust_remote_code=trust_remote_code)
     peeked = Peeked(batches)
-    job = plan_job(skeleton, config, *peeked.first, options=stream_options, device=workers.own_device)
-    run_job(
-        job,
-        peeked,
-        out,
-        resume=resume,
-        progress=progress,
-        make_files=lambda _: extra_files or {},
-        workers=workers,
-    )
+    with compiling_meanwhile(resolve_config(config), skeleton.model, workers.own_device):
+        run_job(
+            plan_job(skeleton, config, *peeked.first, options=stream_options),
+            peeked,
+            out,
+            resume=resume,
+            progress=progress,
+            make_files=lambda _: extra_files or {},
+            workers=workers,
+        )
 
 
 class Job(NamedTuple):
@@ -228,14 +227,7 @@ class Job(NamedTuple):
     example_bytes: int
 
 
-def plan_job(
-    skeleton: Skeleton,
-    config: Config,
-    example: Any = None,
-    *,
-    options: StreamOptions,
-    device: torch.device | None = None,
-) -> Job:
+def plan_job(skeleton: Skeleton, config: Config, example: Any = None, *, options: StreamOptions) -> Job:
     """Traces a model without its weights, finds its sites and cuts it into parts.
 
     Raises as :func:`quantize_checkpoint`.
@@ -245,21 +237,17 @@ def plan_job(
         config: as for ``fxmse.prepare``.
         example: a batch to trace with; by default what transformers has for the model.
         options: the options.
-        device: what weights will be searched on: their searches are compiled meanwhile. None: there will be no search.
     """
     check_filled(example, 1)
-    config = resolve_config(config)
     example = dict(skeleton.model.dummy_inputs) if example is None else example
-    meanwhile = nullcontext() if device is None else compiling_meanwhile(config, skeleton.model, device)
-    with meanwhile:
-        observed = prepare(
-            skeleton.model,
-            config,
-            example,
-            dynamic_shapes=options.dynamic_shapes,
-            moe_calibrate_all_experts=options.moe_calibrate_all_experts,
-            bias_correction=options.bias_correction,
-        )
+    observed = prepare(
+        skeleton.model,
+        config,
+        example,
+        dynamic_shapes=options.dynamic_shapes,
+        moe_calibrate_all_experts=options.moe_calibrate_all_experts,
+        bias_correction=options.bias_correction,
+    )
     resolved = observed.meta[CONFIG_KEY]
     sites = list_sites(observed)
     shards = Shards(skeleton.model, resolved, sites, skeleton.weights.conversions)

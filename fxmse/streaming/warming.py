@@ -1,4 +1,4 @@
-"""Searches are compiled by another process while a model is traced: torch keeps on disk what it has compiled."""
+"""Searches are compiled by another process beside the work: torch keeps on disk what it has compiled."""
 
 import json
 import os
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from fxmse.config import make_site
 from fxmse.observers import Observer
 from fxmse.observers.input_aware import InputAwareObserver
-from fxmse.search.compiling import compilation
+from fxmse.search.compiling import compilation, compiled_elsewhere
 
 __all__ = ["compile_searches", "compiling_meanwhile"]
 
-_COMMAND = "from fxmse.streaming.warming import compile_searches; compile_searches()"
+# What the model's own work leaves of the processors is enough.
+_COMMAND = "import os; os.nice(10); from fxmse.streaming.warming import compile_searches; compile_searches()"
 # Parameters of a model for which another process is worth starting: it takes as long as searching some of them does.
 _MIN_PARAMETERS = 1 << 27
 _MAX_ROWS = 4096
@@ -31,8 +32,9 @@ _NUM_TOKENS = 64
 def compiling_meanwhile(config: QuantizationConfig, model: nn.Module, device: torch.device) -> Iterator[None]:
     """Has the searches of a model's weights compiled by another process within a ``with`` block.
 
-    At its end that process has ended, so that nothing is compiled twice. Whatever goes wrong there is found out by the
-    search, which compiles what it does not find. A small model, and one processor, is not worth it.
+    Until that process is done they run uncompiled or, where that would find something else or take longer, wait.
+    Whatever goes wrong there is found out by the search, which compiles what it does not find. A small model, and one
+    processor, is not worth it.
 
     Args:
         config: what is quantized how.
@@ -63,8 +65,8 @@ def compiling_meanwhile(config: QuantizationConfig, model: nn.Module, device: to
             with suppress(OSError):  # it has ended
                 process.stdin.write(json.dumps(requests))
                 process.stdin.close()
-            yield
-            process.wait()
+            with compiled_elsewhere(process):
+                yield
         finally:
             process.kill()
 
