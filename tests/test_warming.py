@@ -1,8 +1,11 @@
 """Searches that another process compiles are not compiled again, and do not wait for it."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,13 +54,16 @@ def test_what_was_compiled_meanwhile_is_found(tmp_path, monkeypatch):
     assert not counted["inductor"].get("fxgraph_cache_miss")
 
 
-@pytest.mark.parametrize("fault", ["small", "one processor", "nothing to search"])
+@pytest.mark.parametrize("fault", ["small", "one processor", "nothing to search", "never"])
 def test_where_it_does_not_pay_there_is_no_process(fault, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
     monkeypatch.setattr("os.cpu_count", lambda: 1 if fault == "one processor" else 2)
     monkeypatch.setattr(warming, "_MIN_PARAMETERS", 1 << 40 if fault == "small" else 1)
     config = QuantizationConfig(config_groups={}) if fault == "nothing to search" else CONFIG
-    with warming.compiling_meanwhile(config, nn.Sequential(nn.Linear(96, 8)), CPU):
+    with (
+        compilation("never" if fault == "never" else "auto"),
+        warming.compiling_meanwhile(config, nn.Sequential(nn.Linear(96, 8)), CPU),
+    ):
         pass
 
 
@@ -65,7 +71,11 @@ def test_where_it_does_not_pay_there_is_no_process(fault, monkeypatch):
 def test_what_goes_wrong_is_left_to_the_search(command, monkeypatch):
     monkeypatch.setattr(warming, "_COMMAND", command)
     monkeypatch.setattr(warming, "_MIN_PARAMETERS", 1)
-    with pytest.raises(KeyboardInterrupt), warming.compiling_meanwhile(CONFIG, nn.Linear(96, 8), CPU):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        compilation("auto"),
+        warming.compiling_meanwhile(CONFIG, nn.Linear(96, 8), CPU),
+    ):
         raise KeyboardInterrupt
 
 
@@ -74,8 +84,8 @@ def test_nothing_is_imported_from_where_the_command_was_started(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(warming, "_COMMAND", "import fxmse_planted")
     monkeypatch.setattr(warming, "_MIN_PARAMETERS", 1)
-    with warming.compiling_meanwhile(CONFIG, nn.Linear(96, 8), CPU):
-        pass
+    with compilation("always"), warming.compiling_meanwhile(CONFIG, nn.Linear(96, 8), CPU):
+        assert pays_to_compile("what waits", torch.ones(MIN_COMPILED), 1)
     assert not (tmp_path / "ran").exists()
 
 
@@ -155,16 +165,31 @@ def test_a_processor_is_left_to_the_process_and_taken_back(monkeypatch):
         torch.set_num_threads(num_threads)
 
 
-def test_a_process_that_is_not_needed_any_more_is_ended(monkeypatch):
-    started, popen = [], subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[0]
-    )
-    monkeypatch.setattr(warming, "_COMMAND", "import time; time.sleep(600)")
+def test_a_process_that_is_not_needed_any_more_is_ended_with_all_it_started(tmp_path, monkeypatch):
+    command = f"""
+import pathlib, subprocess, time
+started = subprocess.Popen(["sleep", "600"])
+pathlib.Path({str(tmp_path)!r}, f"{{started.pid}}.pid").touch()
+time.sleep(600)
+"""
+    monkeypatch.setattr(warming, "_COMMAND", command)
     monkeypatch.setattr(warming, "_MIN_PARAMETERS", 1)
-    with warming.compiling_meanwhile(CONFIG, nn.Linear(96, 8), CPU):
-        assert started[0].poll() is None
-    assert started[0].poll() is not None
+    with compilation("auto"), warming.compiling_meanwhile(CONFIG, nn.Linear(96, 8), CPU):
+        while not (found := list(tmp_path.iterdir())):
+            time.sleep(0.1)
+    for _ in range(300):  # a signal takes a moment
+        if not is_running(int(found[0].stem)):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("it is still running")
+
+
+def is_running(pid):
+    """Whether a process is there and not a zombie that nobody has waited for."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def test_the_largest_weight_of_each_scheme_is_asked_for():

@@ -27,6 +27,7 @@ __all__ = [
     "beside_compiler",
     "compilation",
     "compiled_elsewhere",
+    "never_compiles",
     "pays_to_compile",
     "reads_flags",
     "rounds_each",
@@ -85,9 +86,9 @@ def pays_to_compile(problem: Hashable, value: Tensor, num_steps: int, *, finds_s
         num_steps: candidates of each of its elements.
         finds_same: whether the uncompiled search of it finds the same, bit for bit, on a CPU.
     """
-    if is_traced(value) or value.numel() < MIN_COMPILED or (mode := _mode.get()) == "never":
+    if is_traced(value) or value.numel() < MIN_COMPILED or never_compiles():
         return False
-    work = value.numel() * num_steps
+    mode, work = _mode.get(), value.numel() * num_steps
     if mode == "auto" and _uncompiled_work[problem] < _COMPILATION_WORK:
         _uncompiled_work[problem] += work
     if mode == "auto" and _uncompiled_work[problem] < _COMPILATION_WORK:
@@ -141,6 +142,11 @@ class _Elsewhere:
         self.process.wait()
         torch.set_num_threads(self.num_threads)  # what is compiled is for all of them
         return False
+
+
+def never_compiles() -> bool:
+    """Whether nothing is compiled, however large."""
+    return _mode.get() == "never"
 
 
 @contextmanager

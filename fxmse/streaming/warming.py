@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fxmse.config import make_site
 from fxmse.observers import Observer
 from fxmse.observers.input_aware import InputAwareObserver
-from fxmse.search.compiling import compilation, compiled_elsewhere
+from fxmse.search.compiling import compilation, compiled_elsewhere, never_compiles
 
 __all__ = ["compile_searches", "compiling_meanwhile"]
 
@@ -41,7 +42,8 @@ def compiling_meanwhile(config: QuantizationConfig, model: nn.Module, device: to
         model: of whose parameters no value is read.
         device: of the searches.
     """
-    requests = _list_requests(config, model, device) if (os.cpu_count() or 1) > 1 else []
+    is_wanted = (os.cpu_count() or 1) > 1 and not never_compiles()
+    requests = _list_requests(config, model, device) if is_wanted else []
     if sum(parameter.numel() for parameter in model.parameters()) < _MIN_PARAMETERS or not requests:
         yield
         return
@@ -59,6 +61,7 @@ def compiling_meanwhile(config: QuantizationConfig, model: nn.Module, device: to
         stderr=subprocess.DEVNULL,
         env=environment,
         text=True,
+        start_new_session=True,
     ) as process:
         try:
             assert process.stdin is not None
@@ -68,7 +71,9 @@ def compiling_meanwhile(config: QuantizationConfig, model: nn.Module, device: to
             with compiled_elsewhere(process):
                 yield
         finally:
-            process.kill()
+            # A compiler that it has started ends, too, and removes what it has not written to the end.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
 
 
 def _list_requests(config: QuantizationConfig, model: nn.Module, device: torch.device) -> list[dict[str, Any]]:
