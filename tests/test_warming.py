@@ -126,13 +126,17 @@ def test_what_would_find_something_else_waits(args, waits):
 
 
 def test_searches_that_take_as_long_as_compiling_wait(monkeypatch):
-    monkeypatch.setattr(compiling, "_COLD_COMPILATION_WORK", MIN_COMPILED * 10)
+    monkeypatch.setattr(compiling, "_COMPILATION_WORK", MIN_COMPILED * 10)
     compiler, value = Compiler(), torch.ones(MIN_COMPILED)
     with compilation("always"), compiled_elsewhere(compiler):
-        assert not pays_to_compile("first", value, 5, finds_same=True)
-        assert not pays_to_compile("second", value, 4, finds_same=True)
+        assert not pays_to_compile("small", value, 9, finds_same=True)
         assert compiler.code is None
-        assert pays_to_compile("third", value, 1, finds_same=True)
+        assert pays_to_compile("large", value, 10, finds_same=True)
+        assert compiler.code == 0
+    compiler = Compiler()
+    with compilation("always"), compiled_elsewhere(compiler):
+        monkeypatch.setattr(compiling, "_PATIENCE", 0)  # it has passed
+        assert pays_to_compile("small", value, 9, finds_same=True)
         assert compiler.code == 0
     # Nobody waits for what would not be compiled.
     compiler = Compiler()

@@ -6,6 +6,7 @@ A stage is a function of a problem (a frozen value, of which a graph depends) an
 import functools
 import itertools
 import subprocess
+import time
 import types
 import warnings
 from collections import Counter
@@ -41,8 +42,8 @@ MIN_COMPILED = 1 << 12
 # Errors (elements times candidates) that take about as long to evaluate uncompiled, at 6 ns each, as a scheme's graphs
 # take to be compiled where no cache has them.
 _COMPILATION_WORK = 1 << 29
-# As long as where no cache has anything of torch's compiler: 25 s. Half of that is found out about the machine, once.
-_COLD_COMPILATION_WORK = 1 << 32
+# Seconds after which searches wait for a process that compiles: about what that takes where no cache has anything.
+_PATIENCE = 40.0
 _INDUCTOR_OPTIONS: dict[str, Any] = {
     # Contraction (x * y + z rounded once) makes the errors more exact, and the power a third faster.
     "cpp.enable_floating_point_contract_flag": "fast",
@@ -94,18 +95,17 @@ def pays_to_compile(problem: Hashable, value: Tensor, num_steps: int, *, finds_s
     if mode == "auto" and _uncompiled_work[problem] < _COMPILATION_WORK:
         return False
     elsewhere = _elsewhere.get()
-    may_run = finds_same and value.device.type == "cpu"
-    return elsewhere is None or not elsewhere.is_busy(work if may_run else _COLD_COMPILATION_WORK)
+    may_run = finds_same and value.device.type == "cpu" and work < _COMPILATION_WORK
+    return elsewhere is None or not elsewhere.is_busy(may_run)
 
 
 @contextmanager
 def compiled_elsewhere(compiler: "subprocess.Popen[str]") -> Iterator[None]:
     """Leaves compiling within a ``with`` block to another process, until that ends; torch keeps on disk what it made.
 
-    Until then searches run uncompiled, as long as that finds the same and takes no longer than compiling does; then
-    they wait.
+    Until then searches run uncompiled, if that finds the same and takes no longer than compiling does; others wait.
     """
-    token = _elsewhere.set(_Elsewhere(compiler, torch.get_num_threads()))
+    token = _elsewhere.set(_Elsewhere(compiler, torch.get_num_threads(), time.monotonic()))
     try:
         yield
     finally:
@@ -128,16 +128,15 @@ def beside_compiler() -> Iterator[None]:
 
 @dataclass
 class _Elsewhere:
-    """A process that compiles, for so many threads, and how many errors were evaluated uncompiled meanwhile."""
+    """A process that compiles, for so many threads."""
 
     process: "subprocess.Popen[str]"
     num_threads: int
-    work: int = 0
+    start: float
 
-    def is_busy(self, work: int) -> bool:
-        """Whether the process goes on while so much work is done; it is waited for where that is too much."""
-        if self.process.poll() is None and self.work + work < _COLD_COMPILATION_WORK:
-            self.work += work
+    def is_busy(self, may_run: bool) -> bool:
+        """Whether a search runs uncompiled meanwhile; the process is waited for where it may not, or not any more."""
+        if may_run and self.process.poll() is None and time.monotonic() < self.start + _PATIENCE:
             return True
         self.process.wait()
         torch.set_num_threads(self.num_threads)  # what is compiled is for all of them
