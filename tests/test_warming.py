@@ -179,7 +179,9 @@ time.sleep(600)
     monkeypatch.setattr(warming, "_COMMAND", command)
     monkeypatch.setattr(warming, "_MIN_PARAMETERS", 1)
     with compilation("auto"), warming.compiling_meanwhile(CONFIG, nn.Linear(96, 8), CPU):
-        while not (found := list(tmp_path.iterdir())):
+        for _ in range(300):
+            if found := list(tmp_path.iterdir()):
+                break
             time.sleep(0.1)
     for _ in range(300):  # a signal takes a moment
         if not is_running(int(found[0].stem)):

@@ -92,11 +92,14 @@ def pays_to_compile(problem: Hashable, value: Tensor, num_steps: int, *, finds_s
     mode, work = _mode.get(), value.numel() * num_steps
     if mode == "auto" and _uncompiled_work[problem] < _COMPILATION_WORK:
         _uncompiled_work[problem] += work
-    if mode == "auto" and _uncompiled_work[problem] < _COMPILATION_WORK:
-        return False
-    elsewhere = _elsewhere.get()
-    may_run = finds_same and value.device.type == "cpu" and work < _COMPILATION_WORK
-    return elsewhere is None or not elsewhere.is_busy(may_run)
+        if _uncompiled_work[problem] < _COMPILATION_WORK:
+            return False
+    if elsewhere := _elsewhere.get():
+        may_run = finds_same and value.device.type == "cpu" and work < _COMPILATION_WORK
+        if may_run and elsewhere.is_worth_running_beside():
+            return False
+        elsewhere.wait()
+    return True
 
 
 @contextmanager
@@ -116,7 +119,7 @@ def compiled_elsewhere(compiler: "subprocess.Popen[str]") -> Iterator[None]:
 def beside_compiler() -> Iterator[None]:
     """Leaves a processor to the process that compiles; threads that wait for others would keep it busy, too."""
     elsewhere = _elsewhere.get()
-    if elsewhere is None or elsewhere.process.poll() is not None:
+    if elsewhere is None or not elsewhere.is_running():
         yield
         return
     torch.set_num_threads(max(1, elsewhere.num_threads - 1))
@@ -134,13 +137,18 @@ class _Elsewhere:
     num_threads: int
     start: float
 
-    def is_busy(self, may_run: bool) -> bool:
-        """Whether a search runs uncompiled meanwhile; the process is waited for where it may not, or not any more."""
-        if may_run and self.process.poll() is None and time.monotonic() < self.start + _PATIENCE:
-            return True
+    def is_running(self) -> bool:
+        """Whether it compiles."""
+        return self.process.poll() is None
+
+    def is_worth_running_beside(self) -> bool:
+        """Whether searches run uncompiled meanwhile: after a while nothing is gained."""
+        return self.is_running() and time.monotonic() < self.start + _PATIENCE
+
+    def wait(self) -> None:
+        """Until it ends; what is compiled is for all threads, whichever of them :func:`beside_compiler` left."""
         self.process.wait()
-        torch.set_num_threads(self.num_threads)  # what is compiled is for all of them
-        return False
+        torch.set_num_threads(self.num_threads)
 
 
 def never_compiles() -> bool:

@@ -183,9 +183,10 @@ def quantize_checkpoint(
     check_batches(batches)
     check_extra_files(extra_files or {})
     check_replaceable(out, folder)
+    config = resolve_config(config)
     skeleton = load_skeleton(Path(folder), dtype, trust_remote_code=trust_remote_code)
     peeked = Peeked(batches)
-    with compiling_meanwhile(resolve_config(config), skeleton.model, workers.own_device):
+    with compiling_meanwhile(config, skeleton.model, workers.own_device):
         run_job(
             plan_job(skeleton, config, *peeked.first, options=stream_options),
             peeked,
